@@ -1,0 +1,30 @@
+"""Errors that a user can act on.
+
+Every class carries one clear sentence: what was wrong and what would be right. The command-line entry points
+(:mod:`entreg.cli`) print that sentence and exit with status 2; any other exception is a defect of ours and keeps
+its traceback.
+"""
+
+
+class EntregError(Exception):
+    """Base of all errors that a user can act on."""
+
+
+class InputError(EntregError, ValueError):
+    """An argument has a wrong shape, dtype, value or combination of values."""
+
+
+class ConfigError(EntregError):
+    """A configuration names something that does not exist or asks for an impossible combination."""
+
+
+class AssetError(EntregError):
+    """A data set or model file is missing, unreachable or damaged."""
+
+
+class RecordError(EntregError):
+    """A run record or the claims file is truncated, damaged or does not fit the schema."""
+
+
+class OutputError(EntregError):
+    """A result cannot be written: no permission, disk full, or a file stands where a folder is needed."""
