@@ -1,0 +1,95 @@
+"""Writing files so that a reader sees the old content or the new one, never half of either.
+
+The text goes to a temporary file in the same folder, is forced to disk, and replaces the target in one step of the
+file system. Whatever goes wrong on the way, the target stays as it was and no temporary file is left.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from entreg.errors import OutputError
+
+_NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Writes ``data`` to ``path``, making its folder first when that is missing.
+
+    Args:
+        path: target file; replaced when it exists.
+        data: the whole content.
+
+    Returns:
+        The path written.
+
+    Raises:
+        OutputError: the folder is read-only, the disk is full, or a file or folder stands in the way.
+            The target is unchanged.
+    """
+    target = Path(path)
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder", str(target))
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name[:80]}.", suffix=".tmp", dir=target.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files that only the owner can read; results are meant to be shared.
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+        temporary = None
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise OutputError(_sentence(target, error)) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+    return target
+
+
+def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
+    """Writes ``text`` as UTF-8 with the newlines it has; see :func:`write_bytes_atomic`."""
+    return write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def write_json_atomic(path: str | os.PathLike[str], value: Any) -> Path:
+    """Writes ``value`` as indented JSON ending in a newline; NaN and infinity raise ``ValueError``."""
+    return write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Forces the new folder entry to disk, where the file system supports it."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _sentence(target: Path, error: OSError) -> str:
+    if error.errno in _NO_PERMISSION:
+        return f"Cannot write {target}: no permission to write in {target.parent}; choose another output folder."
+    if error.errno in _NO_SPACE:
+        return f"Cannot write {target}: the disk is full; free some space and run the same command again."
+    if error.errno == errno.EISDIR:
+        return f"Cannot write {target}: a folder stands where the file should go; move it away."
+    if error.errno in {errno.ENOTDIR, errno.EEXIST}:
+        return f"Cannot write {target}: a file stands where the folder {target.parent} is needed; move it away."
+    return f"Cannot write {target}: {error.strerror or error}; check the output folder and run again."
