@@ -1,13 +1,14 @@
 """Synthetic planar point sets whose range-partition entropy ranges from 0 to log n.
 
-All generators return ``(n, 2)`` float64, are reproducible from ``(distribution, n, seed, parameters)``, and come in
-random order unless the name says otherwise. Which of them the paper used is not stated; the choice is ours and
-follows the habit of convex-hull benchmarks: favourable cases (most points deep inside the hull: square, Gaussian),
-in-between cases (disk, clusters) and the worst case (every point on the hull: circle, parabola).
+All generators return ``(n, 2)`` float64, are reproducible from ``(distribution, n, seed, parameters)``, and come
+in random order unless the name says otherwise. Which of them the paper used is not stated; the choice is ours
+and follows the habit of convex-hull benchmarks: favourable cases (most points deep inside the hull: square,
+Gaussian), in-between cases (disk, clusters) and the worst case (every point on the hull: circle, parabola).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -56,12 +57,12 @@ def _clusters(n: int, rng: np.random.Generator, *, clusters: int = 32, spread: f
 
 
 def _sorted_runs(n: int, rng: np.random.Generator, *, runs: int = 16) -> np.ndarray:
-    """Points on a circle's upper arc as ``runs`` consecutive pieces, each sorted by x: sorting entropy log(runs)."""
+    """Points of a circle's upper arc in ``runs`` consecutive pieces, each sorted by x: run entropy log(runs)."""
     if not 1 <= runs <= max(n, 1):
         raise InputError(f"runs must lie between 1 and n = {n}, got {runs}")
     angle = rng.random(n) * np.pi
     bounds = np.linspace(0, n, runs + 1).astype(np.int64)
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         angle[start:stop] = -np.sort(-angle[start:stop])
     return _on_circle(angle)
 
@@ -87,7 +88,7 @@ DISTRIBUTIONS: dict[str, Callable[..., np.ndarray]] = {
     "sorted_runs": _sorted_runs,
     "hull_fraction": _hull_fraction,
 }
-"""Name to generator. ``circle_ordered`` lists the circle's points by angle; the others are described above."""
+"""Name to generator. ``circle_ordered`` lists the circle's points by angle."""
 
 
 def generate(distribution: str, n: int, seed: int, **parameters: float) -> np.ndarray:
@@ -97,8 +98,8 @@ def generate(distribution: str, n: int, seed: int, **parameters: float) -> np.nd
         distribution: a key of :data:`DISTRIBUTIONS`.
         n: number of points, at least 1.
         seed: non-negative seed; equal arguments give equal bytes on one numpy version.
-        **parameters: ``clusters`` and ``spread`` for ``clusters``, ``runs`` for ``sorted_runs``, ``fraction`` for
-            ``hull_fraction``.
+        **parameters: ``clusters`` and ``spread`` for ``clusters``, ``runs`` for ``sorted_runs``, ``fraction``
+            for ``hull_fraction``.
 
     Returns:
         ``(n, 2)`` float64, C-contiguous.
@@ -107,9 +108,7 @@ def generate(distribution: str, n: int, seed: int, **parameters: float) -> np.nd
         InputError: unknown distribution or parameter, or a value out of range.
     """
     if distribution not in DISTRIBUTIONS:
-        raise InputError(
-            f"unknown distribution '{distribution}', known are {', '.join(sorted(DISTRIBUTIONS))}"
-        )
+        raise InputError(f"unknown distribution '{distribution}', known are {', '.join(sorted(DISTRIBUTIONS))}")
     if n < 1:
         raise InputError(f"n must be at least 1, got {n}")
     if seed < 0:

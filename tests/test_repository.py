@@ -1,0 +1,69 @@
+"""The repository's own promises: pins agree, packages stay pure, the README's commands exist."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+def constraint_pins():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return {line for line in lines if line and not line.startswith("#")}
+
+
+def test_conda_environment_carries_the_constraints():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    pip_lines = environment["dependencies"][-1]["pip"]
+    assert {line for line in pip_lines if not line.startswith("-e")} == constraint_pins()
+
+
+def test_constraints_pin_every_direct_dependency_that_make_setup_installs():
+    project = (ROOT / "pyproject.toml").read_text()
+    # flash needs a CUDA compiler, tracking and llm belong to experiments that are not built yet.
+    skipped = {"flash-attn", "wandb", "datasets", "gguf", "entreg", "setuptools"}
+    names = set(re.findall(r'"([A-Za-z0-9_-]+)>=', project)) - skipped
+    pinned = {re.split("==", pin)[0].lower() for pin in constraint_pins()}
+    assert {name.lower() for name in names} <= pinned
+
+
+@pytest.mark.parametrize("package", ["entreg.entropy", "entreg.geometry", "entreg.regularizer"])
+def test_core_packages_import_neither_hydra_nor_model_libraries(package):
+    forbidden = "{'hydra', 'omegaconf', 'timm', 'transformers', 'torchvision', 'wandb'}"
+    code = f"import sys, {package}; print(sorted({forbidden} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_entropy_does_not_import_geometry():
+    code = "import sys, entreg.entropy; print([m for m in sys.modules if m.startswith('entreg.geometry')])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def make_targets():
+    return set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+
+
+def test_bare_make_lists_every_target():
+    declared = set(re.findall(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    listing = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = {line.split()[0] for line in listing.splitlines()}
+    assert listed == declared
+
+
+def test_commands_of_the_readme_exist():
+    readme = (ROOT / "README.md").read_text()
+    # The claims table names the commands of experiments that are still to come, as such.
+    readme = re.sub(r"<!-- claims:begin -->.*<!-- claims:end -->", "", readme, flags=re.DOTALL)
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", readme, re.DOTALL) for line in block.splitlines()]
+    targets = re.findall(r"\bmake ([a-z-]+)", "\n".join(commands))
+    assert {"reproduce", "test"} <= set(targets) <= make_targets()
+    scripts = re.findall(r"\b(scripts/\w+\.py)", "\n".join(commands))
+    assert all((ROOT / script).is_file() for script in scripts)
+    for linked in re.findall(r"\]\((?!http)([^)#]+)\)", readme):
+        assert (ROOT / linked).exists(), linked
