@@ -1,0 +1,135 @@
+"""The few statistics that tables and verdicts need: means with intervals, paired differences, ratios, a line's fit."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from entreg.errors import InputError
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its confidence interval.
+
+    Attributes:
+        mean: the point estimate.
+        low: lower end of the interval, or None when a single value gives none.
+        high: upper end, or None.
+        count: how many values it rests on, at least 1.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    count: int
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """``(low, high)``, or None when a single value gives no interval."""
+        if self.low is None or self.high is None:
+            return None
+        return (self.low, self.high)
+
+
+@dataclass(frozen=True)
+class LinearFit:
+    """Least-squares line ``y = intercept + slope * x`` and the share of the variance of y that it explains."""
+
+    slope: float
+    intercept: float
+    r_squared: float
+    count: int
+
+
+def mean_and_interval(values: Sequence[float], level: float = 0.95) -> Estimate:
+    """Mean with the two-sided Student t interval.
+
+    Args:
+        values: at least one finite number; independent repeats (seeds), not rounds of one timing.
+        level: coverage, in (0, 1).
+
+    Raises:
+        InputError: no values, a value that is not finite, or a level out of range.
+    """
+    sample = _sample(values, "values")
+    if not 0.0 < level < 1.0:
+        raise InputError(f"level must lie strictly between 0 and 1, not {level}.")
+    mean = float(np.mean(sample))
+    if sample.size == 1:
+        return Estimate(mean, None, None, 1)
+    # The half-width by numpy and the quantile by scipy: stats.t.interval gives NaN for equal values (scale 0).
+    error = float(np.std(sample, ddof=1)) / math.sqrt(sample.size)
+    half = float(stats.t.ppf(0.5 + level / 2.0, sample.size - 1)) * error
+    return Estimate(mean, mean - half, mean + half, int(sample.size))
+
+
+def paired_difference(ours: Sequence[float], theirs: Sequence[float], level: float = 0.95) -> Estimate:
+    """Mean of ``ours - theirs`` over pairs (same seed, same data) with its t interval.
+
+    Raises:
+        InputError: different lengths, no values, or a value that is not finite.
+    """
+    first, second = _pairs(ours, theirs)
+    return mean_and_interval(first - second, level)
+
+
+def geometric_mean_ratio(numerators: Sequence[float], denominators: Sequence[float], level: float = 0.95) -> Estimate:
+    """Geometric mean of the pairwise ratios, with the t interval of the log ratios mapped back.
+
+    The right mean for speed-ups: swapping the two sides gives the reciprocal.
+
+    Raises:
+        InputError: different lengths, no values, or a value that is not positive and finite.
+    """
+    first, second = _pairs(numerators, denominators)
+    if np.any(first <= 0) or np.any(second <= 0):
+        raise InputError("A geometric mean of ratios needs positive numbers on both sides.")
+    logs = mean_and_interval(np.log(first) - np.log(second), level)
+    low, high = logs.interval or (None, None)
+    return Estimate(
+        math.exp(logs.mean),
+        None if low is None else math.exp(low),
+        None if high is None else math.exp(high),
+        logs.count,
+    )
+
+
+def linear_fit(x: Sequence[float], y: Sequence[float]) -> LinearFit:
+    """Least-squares line through points.
+
+    Args:
+        x: at least two different finite numbers.
+        y: as many finite numbers. When all are equal the line explains them fully: R^2 is 1.
+
+    Raises:
+        InputError: different lengths, fewer than two points, equal x, or a value that is not finite.
+    """
+    first, second = _pairs(x, y)
+    if first.size < 2 or np.all(first == first[0]):
+        raise InputError("A line's fit needs at least two points with different x.")
+    centred = first - first.mean()
+    slope = float(centred @ (second - second.mean()) / (centred @ centred))
+    intercept = float(second.mean() - slope * first.mean())
+    residual = float(np.sum((second - intercept - slope * first) ** 2))
+    total = float(np.sum((second - second.mean()) ** 2))
+    r_squared = 1.0 if total == 0.0 else 1.0 - residual / total
+    return LinearFit(slope, intercept, r_squared, int(first.size))
+
+
+def _sample(values: Sequence[float], name: str) -> np.ndarray:
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.ndim != 1 or sample.size == 0:
+        raise InputError(f"{name} must be a non-empty sequence of numbers.")
+    if not np.all(np.isfinite(sample)):
+        raise InputError(f"{name} must be finite; leave out failed runs and say so in the table.")
+    return sample
+
+
+def _pairs(first: Sequence[float], second: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    left, right = _sample(first, "the first values"), _sample(second, "the second values")
+    if left.size != right.size:
+        raise InputError(f"Paired values must be as many on both sides, not {left.size} and {right.size}.")
+    return left, right
