@@ -1,0 +1,203 @@
+"""Tables as Markdown and LaTeX, and the build of everything that is generated from records."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from entreg.errors import InputError
+from entreg.records.formatting import (
+    MISSING,
+    NOT_RUN,
+    estimate,
+    latex,
+    markdown_cell,
+    number,
+    percent,
+    ratio,
+    seconds,
+)
+from entreg.records.registry import Registry
+from entreg.records.statistics import Estimate
+
+__all__ = [
+    "MISSING",
+    "NOT_RUN",
+    "Table",
+    "estimate",
+    "number",
+    "percent",
+    "provenance",
+    "ratio",
+    "register_table",
+    "seconds",
+    "table_registry",
+]
+
+GENERATED = "generated from run records by scripts/tables.py; do not edit"
+
+Cell = str | int | float | Estimate | None
+TableBuilder = Callable[[list[dict[str, Any]]], "Table | None"]
+
+table_registry: Registry[TableBuilder] = Registry("table")
+
+
+def register_table(name: str, experiments: Sequence[str] = ("",)) -> Callable[[TableBuilder], TableBuilder]:
+    """Decorator: the function builds ``results/tables/<name>.md`` and ``.tex``; see :mod:`entreg.records`.
+
+    Args:
+        name: file stem, lower case with hyphens.
+        experiments: prefixes of the experiments whose records the function is given.
+    """
+    return table_registry.register(name, experiments)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose cells are text or numbers.
+
+    Attributes:
+        name: file stem and LaTeX label.
+        title: heading and caption.
+        columns: headings, at least one.
+        rows: cells, as many per row as there are columns. Text stays as it is (``code`` and ``**bold**`` of Markdown
+            are understood), numbers get three significant digits, an :class:`Estimate` its interval, None a dash.
+        notes: sentences under the table.
+        align: one of ``l``, ``r``, ``c`` per column; by default the first is left and the others right.
+        record_ids: the records that the footer names; by default all those given to the builder.
+    """
+
+    name: str
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    notes: Sequence[str] = field(default_factory=tuple)
+    align: str | None = None
+    record_ids: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        width = len(self.columns)
+        if width == 0:
+            raise InputError(f"The table {self.name!r} needs at least one column.")
+        for row in self.rows:
+            if len(row) != width:
+                raise InputError(f"The table {self.name!r} has {width} columns but a row of {len(row)}: {list(row)!r}.")
+        if self.align is not None and (len(self.align) != width or set(self.align) - set("lrc")):
+            raise InputError(f"align of the table {self.name!r} must be {width} letters out of l, r, c.")
+
+    @property
+    def alignment(self) -> str:
+        return self.align or "l" + "r" * (len(self.columns) - 1)
+
+    def with_notes(self, notes: Sequence[str]) -> "Table":
+        """The same table with further sentences under it."""
+        return replace(self, notes=(*self.notes, *notes))
+
+    def text_rows(self) -> list[list[str]]:
+        """All cells as text."""
+        return [[_text(cell) for cell in row] for row in self.rows]
+
+    def body_markdown(self) -> str:
+        """The bare table in Markdown, without heading and notes."""
+        rule = {"l": "---", "r": "---:", "c": ":---:"}
+        lines = [
+            _markdown_row(self.columns),
+            "|" + "|".join(f" {rule[letter]} " for letter in self.alignment) + "|",
+            *(_markdown_row(row) for row in self.text_rows()),
+        ]
+        return "\n".join(lines) + "\n"
+
+    def to_markdown(self) -> str:
+        """A whole Markdown file: heading, table, notes."""
+        notes = "".join(f"\n- {' '.join(note.split())}" for note in self.notes)
+        text = f"<!-- {GENERATED} -->\n\n# {self.title}\n\n{self.body_markdown()}"
+        return text + (notes + "\n" if notes else "")
+
+    def to_latex(self) -> str:
+        """A LaTeX ``table`` environment in booktabs style, notes below, all text escaped."""
+        lines = [
+            f"% {GENERATED}",
+            r"\begin{table}[t]",
+            r"\centering",
+            rf"\caption{{{latex(self.title)}}}",
+            rf"\label{{tab:{self.name}}}",
+            rf"\begin{{tabular}}{{{self.alignment}}}",
+            r"\toprule",
+            _latex_row(self.columns),
+            r"\midrule",
+            *(_latex_row(row) for row in self.text_rows()),
+            r"\bottomrule",
+            r"\end{tabular}",
+            *(rf"\par\footnotesize {latex(note)}" for note in self.notes),
+            r"\end{table}",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def to_text(self) -> str:
+        """The table in aligned plain text, for a terminal."""
+        cells = [[str(column) for column in self.columns], *self.text_rows()]
+        widths = [max(len(row[index]) for row in cells) for index in range(len(self.columns))]
+        pad = {"l": str.ljust, "r": str.rjust, "c": str.center}
+
+        def line(row: Sequence[str]) -> str:
+            aligned = zip(row, widths, self.alignment, strict=True)
+            return "  ".join(pad[letter](cell, width) for cell, width, letter in aligned).rstrip()
+
+        rule = "  ".join("-" * width for width in widths)
+        return "\n".join([self.title, line(cells[0]), rule, *(line(row) for row in cells[1:]), *self.notes]) + "\n"
+
+
+def provenance(records: Sequence[Mapping[str, Any]], record_ids: Sequence[str] | None = None) -> list[str]:
+    """Sentences that say where a table's numbers come from: records, scale, device, commit.
+
+    Args:
+        records: the records at hand.
+        record_ids: those that were used; by default all.
+
+    Raises:
+        InputError: an identifier is not among the records.
+    """
+    by_id = {record["id"]: record for record in records}
+    unknown = sorted(set(record_ids or ()) - set(by_id))
+    if unknown:
+        raise InputError(f"A table names the record {unknown[0]!r}, which is not among the records it was built from.")
+    used = [by_id[key] for key in sorted(by_id if record_ids is None else set(record_ids))]
+    if not used:
+        return []
+    hashes: dict[str, list[str]] = {}
+    for record in used:
+        hashes.setdefault(record["experiment"], []).append(record["config_hash"])
+    listed = "; ".join(f"{name}: {', '.join(digests)}" for name, digests in hashes.items())
+    scales = ", ".join(sorted({record["scale"] for record in used}))
+    devices = "; ".join(sorted({_device(record["device"]) for record in used}))
+    commits = ", ".join(sorted({_commit(record["code"]) for record in used}))
+    return [f"Records ({scales} scale): {listed}.", f"Device: {devices}.", f"Code: {commits}."]
+
+
+def _device(device: Mapping[str, Any]) -> str:
+    parts = [f"{device['cpu']}, {device['available_cores']} cores, {device['threads']} threads"]
+    if device["memory_gib"] is not None:
+        parts.append(f"{device['memory_gib']:.0f} GiB")
+    parts.append(device["gpu"] or "no GPU")
+    return ", ".join(parts)
+
+
+def _commit(code: Mapping[str, Any]) -> str:
+    if code["commit"] is None:
+        return "commit unknown"
+    return code["commit"][:10] + (" with uncommitted changes" if code["dirty"] else "")
+
+
+def _text(cell: Cell) -> str:
+    if isinstance(cell, str):
+        return cell
+    if isinstance(cell, Estimate):
+        return estimate(cell)
+    return number(cell)
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(markdown_cell(cell) for cell in cells) + " |"
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join(latex(cell) for cell in cells) + r" \\"
