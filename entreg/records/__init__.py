@@ -6,7 +6,7 @@ A run ends in one record::
     RecordStore("outputs/runs").save(record)
 
 Everything under ``results/`` but ``results/runs/`` is rebuilt from records by ``make tables``
-(:func:`entreg.records.tables.build_all`); no number is typed by hand.
+(:func:`entreg.records.build.build_all`); no number is typed by hand.
 
 **Adding tables, figures and verdicts.** Put them in ``entreg/records/<family>_tables.py``, ``<family>_figures.py``
 and ``<family>_claims.py``; modules with these endings are found and imported by themselves. A builder gets the

@@ -3,13 +3,16 @@
 Matplotlib is loaded only when a figure is drawn.
 """
 
+import contextlib
+import functools
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from entreg.errors import InputError
 from entreg.records.registry import Registry
 
 if TYPE_CHECKING:
@@ -19,12 +22,25 @@ FigureBuilder = Callable[[list[dict[str, Any]]], "Figure | None"]
 
 figure_registry: Registry[FigureBuilder] = Registry("figure")
 
-# The eight colours of Okabe and Ito, which people with any common colour blindness can tell apart. Markers differ as
-# well, so that the figures also survive grey print.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# The eight colours of Okabe and Ito, which people with any common colour blindness can tell apart, and four darker
+# or lighter relatives. Markers differ as well, so that the figures also survive grey print.
+PALETTE = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#8C8C8C",
+    "#332288",
+    "#882255",
+    "#999933",
+    "#117733",
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
 
-# Methods that appear in several figures keep their colour and marker; others get one by their order in the figure.
+# Methods that appear in several figures keep their colour and marker; others get the free ones in order.
 METHOD_INDEX = {
     "entreg": 0,
     "qhull": 1,
@@ -34,11 +50,9 @@ METHOD_INDEX = {
     "triangle": 5,
     "filter": 6,
     "scan": 7,
-    "entropy net, rewrite": 4,
-    "entropy net, advise": 2,
+    "entropynet rewrite": 8,
+    "entropynet advise": 9,
     "dense": 7,
-    "entropy": 0,
-    "l1": 1,
 }
 
 _STYLE = {
@@ -74,7 +88,27 @@ def register_figure(name: str, experiments: Sequence[str] = ("",)) -> Callable[[
         name: file stem, lower case with hyphens.
         experiments: prefixes of the experiments whose records the function is given.
     """
-    return figure_registry.register(name, experiments)
+
+    def sign_up(function: FigureBuilder) -> FigureBuilder:
+        @functools.wraps(function)
+        def in_style(records: list[dict[str, Any]]) -> "Figure | None":
+            with style():
+                return function(records)
+
+        return figure_registry.register(name, experiments)(in_style)
+
+    return sign_up
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """The project's look inside the block, whatever the user's own matplotlib settings are."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
 
 
 def new_figure(
@@ -92,28 +126,47 @@ def new_figure(
     Returns:
         The figure and its axes, as ``matplotlib.pyplot.subplots`` returns them.
     """
-    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with style():
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         return figure, figure.subplots(rows, columns, **subplots)
 
 
-def method_style(method: str, position: int = 0) -> dict[str, Any]:
-    """Colour, marker and label of a method, the same in every figure.
+def method_style(method: str) -> dict[str, Any]:
+    """Colour, marker and label of one of :data:`METHOD_INDEX`, the same in every figure; keywords for ``Axes.plot``."""
+    return method_styles([method])[method]
+
+
+def method_styles(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colours, markers and labels for the methods of one figure, no two alike.
 
     Args:
-        method: its name in the legend.
-        position: for a method without a colour of its own: its place among the methods of the figure.
+        methods: legend names, at most as many as there are colours. Those in :data:`METHOD_INDEX` (compared in lower
+            case) keep the look they have in every figure; the others get the free ones in their order.
 
     Returns:
-        Keywords for ``Axes.plot``.
+        Keywords for ``Axes.plot`` by method.
+
+    Raises:
+        InputError: more methods than colours.
     """
-    index = METHOD_INDEX.get(method.lower(), position) % len(PALETTE)
-    return {"color": PALETTE[index], "marker": MARKERS[index], "label": method}
+    if len(set(methods)) > len(PALETTE):
+        raise InputError(f"A figure can tell at most {len(PALETTE)} methods apart, not {len(set(methods))}.")
+    chosen: dict[str, int] = {}
+    for method in methods:
+        index = METHOD_INDEX.get(method.lower())
+        if index is not None and index not in chosen.values():
+            chosen[method] = index
+    for method in methods:
+        if method not in chosen:
+            chosen[method] = next(index for index in range(len(PALETTE)) if index not in chosen.values())
+    return {
+        method: {"color": PALETTE[chosen[method]], "marker": MARKERS[chosen[method]], "label": method}
+        for method in methods
+    }
 
 
 def fingerprint(figure: "Figure") -> str:
@@ -152,11 +205,9 @@ def render(figure: "Figure", title: str) -> dict[str, bytes]:
     Returns:
         ``{"png": bytes, "svg": bytes}``; both carry the figure's fingerprint.
     """
-    import matplotlib
-
     mark = _KEYWORD + fingerprint(figure)
     files = {}
-    with matplotlib.rc_context(_STYLE):
+    with style():
         buffer = io.BytesIO()
         figure.savefig(
             buffer, format="svg", metadata={"Title": title, "Keywords": [mark], "Date": None, "Creator": None}

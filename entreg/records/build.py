@@ -1,0 +1,168 @@
+"""Builds, or checks, everything under ``results/`` that is generated from records."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from entreg.errors import InputError, OutputError
+from entreg.records import figures, registry, tables
+from entreg.records.atomic import write_bytes_atomic, write_text_atomic
+from entreg.records.claims import claims_table, judge_all, load_claims, readme_table
+
+README_BEGIN = "<!-- claims:begin -->"
+README_END = "<!-- claims:end -->"
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build did or a check found; paths of files.
+
+    Attributes:
+        written: files whose content changed (in a check: that would change, or are missing).
+        unchanged: files that already were as they should be.
+        removed: generated files that no record supports any more (in a check: that should go).
+    """
+
+    written: tuple[Path, ...]
+    unchanged: tuple[Path, ...]
+    removed: tuple[Path, ...]
+
+    @property
+    def up_to_date(self) -> bool:
+        return not self.written and not self.removed
+
+
+def build_all(
+    records: Sequence[Mapping[str, Any]],
+    out_dir: str | os.PathLike[str],
+    *,
+    readme: str | os.PathLike[str] | None = None,
+    check: bool = False,
+) -> BuildReport:
+    """Writes ``tables/*.md``, ``tables/*.tex``, ``figures/*.png`` and ``figures/*.svg`` under ``out_dir``.
+
+    Records of scale ``smoke`` are left out. Files that are as they should be are not touched. Tables count as equal
+    when their text is; figures when they show the same data (:func:`entreg.records.figures.fingerprint`), because
+    pixels depend on the version of matplotlib.
+
+    Args:
+        records: from :meth:`RecordStore.load_all`.
+        out_dir: the folder, made when missing.
+        readme: a Markdown file whose claims table between the markers is replaced, or None.
+        check: compare only and write nothing.
+
+    Raises:
+        InputError: a builder's mistake (wrong row length, unknown record).
+        OutputError: a file cannot be written, or the README lacks the markers.
+    """
+    registry.discover()
+    usable = sorted((dict(r) for r in records if r["scale"] != "smoke"), key=lambda record: record["id"])
+    claims = load_claims()
+    verdicts = judge_all(claims, usable)
+    built = [*_built_tables(usable), _with_footer(claims_table(claims, verdicts), usable)]
+    out = Path(out_dir)
+
+    texts = {}
+    for table in built:
+        texts[out / "tables" / f"{table.name}.md"] = table.to_markdown()
+        texts[out / "tables" / f"{table.name}.tex"] = table.to_latex()
+    if readme is not None:
+        texts[Path(readme)] = _readme_text(Path(readme), readme_table(claims, verdicts).body_markdown())
+
+    written, unchanged = [], []
+    for path, text in texts.items():
+        if _read(path) == text.encode("utf-8"):
+            unchanged.append(path)
+            continue
+        written.append(path)
+        if not check:
+            write_text_atomic(path, text)
+    kept = set(texts)
+    for name, figure in _built_figures(usable):
+        paths = {kind: out / "figures" / f"{name}.{kind}" for kind in ("png", "svg")}
+        kept.update(paths.values())
+        digest = figures.fingerprint(figure)
+        stale = [kind for kind, path in paths.items() if figures.embedded_fingerprint(_read(path) or b"") != digest]
+        files = figures.render(figure, name) if stale and not check else {}
+        for kind, path in paths.items():
+            if kind not in stale:
+                unchanged.append(path)
+                continue
+            written.append(path)
+            if not check:
+                write_bytes_atomic(path, files[kind])
+    removed = _leftovers(out, kept)
+    if not check:
+        for path in removed:
+            path.unlink()
+    return BuildReport(tuple(written), tuple(unchanged), tuple(removed))
+
+
+def _built_tables(records: list[dict[str, Any]]) -> list[tables.Table]:
+    built = []
+    for entry in tables.table_registry.entries():
+        chosen = entry.select(records)
+        table = entry.function(chosen) if chosen else None
+        if table is None:
+            continue
+        if table.name != entry.name:
+            raise InputError(f"The table registered as {entry.name!r} calls itself {table.name!r}; use one name.")
+        built.append(_with_footer(table, chosen))
+    if any(table.name == "claims" for table in built):
+        raise InputError("A table may not call itself 'claims'; that is the name of the claims table.")
+    return built
+
+
+def _built_figures(records: list[dict[str, Any]]) -> list[tuple[str, Any]]:
+    built = []
+    for entry in figures.figure_registry.entries():
+        chosen = entry.select(records)
+        figure = entry.function(chosen) if chosen else None
+        if figure is not None:
+            built.append((entry.name, figure))
+    return built
+
+
+def _with_footer(table: tables.Table, records: Sequence[Mapping[str, Any]]) -> tables.Table:
+    return table.with_notes(tables.provenance(records, table.record_ids))
+
+
+def _readme_text(path: Path, table: str) -> str:
+    current = _read(path)
+    if current is None:
+        raise OutputError(f"The README {path} cannot be read; give the path of an existing file.")
+    text = current.decode("utf-8")
+    if (
+        text.count(README_BEGIN) != 1
+        or text.count(README_END) != 1
+        or text.index(README_BEGIN) > text.index(README_END)
+    ):
+        raise OutputError(
+            f"The README {path} must hold one line {README_BEGIN} and after it one line {README_END}; "
+            "the claims table goes between them."
+        )
+    before, rest = text.split(README_BEGIN)
+    after = rest.split(README_END)[1]
+    return f"{before}{README_BEGIN}\n\n{table}\n{README_END}{after}"
+
+
+def _leftovers(out: Path, kept: set[Path]) -> list[Path]:
+    """Files that an earlier build made and this one does not; files of other origin are left alone."""
+    candidates = [*sorted((out / "tables").glob("*")), *sorted((out / "figures").glob("*"))]
+    return [path for path in candidates if path not in kept and path.is_file() and _is_generated(path)]
+
+
+def _is_generated(path: Path) -> bool:
+    data = _read(path) or b""
+    if path.suffix in {".md", ".tex"}:
+        return tables.GENERATED.encode("ascii") in data[:200]
+    return path.suffix in {".png", ".svg"} and figures.embedded_fingerprint(data) is not None
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
