@@ -1,0 +1,281 @@
+"""How every script ends: with its result, or with one sentence and a non-zero status.
+
+Status 2 is an error that the user can act on (:class:`entreg.errors.EntregError`, a wrong configuration name, key or
+override, an output folder that cannot be written), 130 an interruption. Any other exception is a defect and keeps its
+traceback.
+
+``python scripts/<name>.py -m key=a,b`` (several jobs) works too: the function must be at the module's top level, all
+its results must go through its configuration's folders, and a failing job does not stop the others; the first error
+is the sentence at the end.
+"""
+
+import difflib
+import errno
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from entreg.errors import ConfigError, EntregError, OutputError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+"""The repository's tree of configurations."""
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+_OUTPUT_ERRORS = {
+    errno.ENOENT: "the folder cannot be made",
+    errno.EACCES: "no permission to write there",
+    errno.EPERM: "no permission to write there",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.ENOTDIR: "a file stands where a folder is needed",
+    errno.EEXIST: "a file stands where a folder is needed",
+}
+
+
+def run_script(main: Callable[[], Any]) -> int:
+    """Calls ``main`` and turns what happens into an exit status.
+
+    Args:
+        main: returns None or an exit status.
+
+    Returns:
+        The status; the one sentence of an :class:`EntregError` has gone to standard error.
+    """
+    try:
+        status = main()
+    except EntregError as error:
+        print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("Interrupted; what was finished is kept.", file=sys.stderr)
+        return INTERRUPTED
+    return int(status or 0)
+
+
+def entry_point(function: Callable[[], Any]) -> Callable[[], None]:
+    """Decorator for a script's main function: the process exits with the status of :func:`run_script`."""
+
+    @functools.wraps(function)
+    def main() -> None:
+        sys.exit(run_script(function))
+
+    return main
+
+
+def hydra_main(
+    config_name: str, config_path: str | os.PathLike[str] = CONFIGS
+) -> Callable[[Callable[[Any], Any]], Callable[..., Any]]:
+    """``@hydra.main`` for the repository's configurations, with errors as one sentence.
+
+    ::
+
+        @hydra_main("geometry")
+        def main(config: DictConfig) -> None: ...
+
+        if __name__ == "__main__":
+            main()
+
+    Calling the result with a configuration runs the function on it and nothing else, for tests and notebooks.
+
+    Args:
+        config_name: the primary configuration, without ``.yaml``.
+        config_path: folder of the configurations.
+    """
+
+    def decorate(function: Callable[[Any], Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def main(config: Any = None) -> Any:
+            if config is not None:
+                return function(config)
+            sys.exit(run_script(lambda: _run_hydra(function, config_name, Path(config_path).resolve())))
+
+        return main
+
+    return decorate
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` with the most similar known name, or the list of names when none is similar."""
+    names = sorted(set(known))
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    if names and len(names) <= 20:
+        return f"; there are {', '.join(names)}."
+    return "."
+
+
+def _run_hydra(function: Callable[[Any], Any], config_name: str, folder: Path) -> int:
+    import hydra
+    import yaml
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    # Hydra's own handler prints several lines and exits with 1; with this set it lets exceptions through.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    failures: list[Exception] = []
+    entered = False
+
+    @functools.wraps(function)
+    def task(config: Any) -> Any:
+        nonlocal entered
+        entered = True
+        try:
+            return function(config)
+        except (EntregError, HydraException, OmegaConfBaseException) as error:
+            # Hydra announces a failing job in a line of its own before the exception gets here.
+            if _is_multirun():
+                raise
+            failures.append(error)
+            return None
+
+    try:
+        _refuse_unread_keys(config_name, folder)
+        hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
+        if failures:
+            raise failures[0]
+    except EntregError:
+        raise
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise _as_sentence(error, config_name, folder) from error
+    except OSError as error:
+        # Before the function began, the only files that are written are Hydra's logs and snapshots.
+        if entered or error.errno not in _OUTPUT_ERRORS:
+            raise
+        raise OutputError(
+            f"Cannot write {error.filename}: {_OUTPUT_ERRORS[error.errno]}; choose another output folder."
+        ) from error
+    return 0
+
+
+def _refuse_unread_keys(config_name: str, folder: Path) -> None:
+    """Hydra's ``+key=value`` adds any key, also a misspelt one that nothing reads; only groups may be added so."""
+    groups = set(_groups(folder))
+    for text in sys.argv[1:]:
+        if not text.startswith("+") or "=" not in text:
+            continue
+        name = text.lstrip("+").partition("=")[0].partition("@")[0]
+        if name in groups or name.partition(".")[0] == "hydra":
+            continue
+        known = _known_keys(config_name, folder)
+        if known and name not in known:
+            raise ConfigError(f"Nothing reads the configuration key {name!r}{nearest(name, [*known, *groups])}")
+
+
+def _is_multirun() -> bool:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def _as_sentence(error: Exception, config_name: str, folder: Path) -> EntregError:
+    """The sentence for what Hydra, OmegaConf or YAML complained about; re-raises what is not a user's error."""
+    import yaml
+    from hydra.errors import InstantiationException, MissingConfigException, OverrideParseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+    chain = list(_causes(error))
+    for cause in chain:
+        if isinstance(cause, EntregError):
+            return cause
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    if isinstance(error, OverrideParseException):
+        return ConfigError(f"The override {error.override!r} cannot be read ({first_line}); write it as key=value.")
+    if isinstance(error, MissingConfigException):
+        return ConfigError(_missing_config(error, first_line, folder))
+    key = re.match(r"Could not override '([^']+)'", str(error))
+    if key:
+        known = [*_known_keys(config_name, folder), *_groups(folder)]
+        hint = nearest(key.group(1), known)
+        return ConfigError(f"There is no configuration key or group {key.group(1)!r}{hint}")
+    if isinstance(error, MissingMandatoryValue):
+        return ConfigError(f"The configuration value {error.full_key!r} is missing; give it as {error.full_key}=...")
+    if isinstance(error, InstantiationException):
+        if not any(isinstance(cause, TypeError | ImportError | AttributeError) for cause in chain):
+            raise error
+        return ConfigError(f"A part named in the configuration cannot be made: {' '.join(str(error).split())}.")
+    if isinstance(error, yaml.YAMLError):
+        return ConfigError(f"A configuration file is not valid YAML: {' '.join(str(error).split())}.")
+    place = ""
+    omega = next((cause for cause in chain if isinstance(cause, OmegaConfBaseException)), None)
+    if omega is not None and getattr(omega, "full_key", None) and omega.full_key not in first_line:
+        place = f" at {omega.full_key!r}"
+    return ConfigError(f"The configuration is wrong{place}: {first_line}.")
+
+
+def _missing_config(error: Any, first_line: str, folder: Path) -> str:
+    missing = error.missing_cfg_file
+    if missing is None:
+        return f"{first_line}."
+    missing = missing.removesuffix(".yaml")
+    group, _, name = missing.rpartition("/")
+    options = _options(folder / group)
+    if options:
+        place = f" in {group!r}" if group else ""
+        return f"There is no configuration {name!r}{place}{nearest(name, options)}"
+    return f"There is no configuration group {group!r}{nearest(group, _groups(folder))}"
+
+
+def _options(folder: Path) -> list[str]:
+    """Configurations in a folder and, with slashes, in the folders below it."""
+    return [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.yaml"))]
+
+
+def _groups(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_dir()]
+
+
+def _known_keys(config_name: str, folder: Path) -> list[str]:
+    """All keys, with dots, of the configuration that the command line asks for, or of the plain one if it fails."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    groups = set(_groups(folder))
+    choices = [text for text in sys.argv[1:] if text.lstrip("+~").partition("=")[0].partition("@")[0] in groups]
+    for overrides in (choices, []):
+        try:
+            with hydra.initialize_config_dir(str(folder), version_base="1.3"):
+                config = hydra.compose(config_name, overrides=overrides)
+            return list(_dotted(OmegaConf.to_container(config, resolve=False)))
+        except (HydraException, OmegaConfBaseException):
+            continue
+    return []
+
+
+def _dotted(value: Any, prefix: str = "") -> Iterator[str]:
+    if not isinstance(value, dict):
+        return
+    for key, item in value.items():
+        name = f"{prefix}{key}"
+        yield name
+        yield from _dotted(item, f"{name}.")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in seen:
+        seen.append(current)
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def command_line(arguments: Sequence[str] | None = None) -> str:
+    """What was typed, as it should stand in a run record: ``python scripts/geometry.py profile=offline``."""
+    import shlex
+
+    words = list(sys.argv if arguments is None else arguments)
+    script = Path(words[0]).resolve() if words else Path("python")
+    root = CONFIGS.parent
+    words[:1] = [script.relative_to(root).as_posix() if script.is_relative_to(root) else script.name]
+    return " ".join(["python", *(shlex.quote(word) for word in words)])

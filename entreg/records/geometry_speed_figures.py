@@ -1,0 +1,141 @@
+"""Figures of the geometry benchmarks: speed-up over Qhull by size, and time against n (1 + H)."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from entreg.records.figures import MARKERS, PALETTE, method_style, new_figure, register_figure
+from entreg.records.geometry_speed_tables import (
+    DISTRIBUTION_LABELS,
+    LAW_LABELS,
+    Bench,
+    bench_of,
+    law_records,
+    method_label,
+)
+from entreg.records.statistics import linear_fit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Methods whose key differs from the name under which the figures' common style knows them.
+_STYLE_NAMES = {"plain_filter": "filter", "numpy_lexsort": "qhull", "shull_parallel": "geos"}
+
+
+def _style(method: str) -> dict[str, Any]:
+    style = method_style(_STYLE_NAMES.get(method, method))
+    return {**style, "label": method_label(method)}
+
+
+def _speedup_figure(bench: Bench, baseline: str, methods: Sequence[str], title: str) -> "Figure":
+    """Small multiples, one per distribution: baseline's time over each method's, by size."""
+    columns = min(4, len(bench.distributions))
+    lines = math.ceil(len(bench.distributions) / columns)
+    figure, grid = new_figure(
+        lines, columns, width=2.7 * columns, height=2.4 * lines + 0.9, sharex=True, sharey=True, squeeze=False
+    )
+    panels: list[Axes] = list(grid.ravel())
+    for axes, distribution in zip(panels, bench.distributions, strict=False):
+        for method in methods:
+            found = [
+                (n, bench.median(distribution, n, baseline), bench.median(distribution, n, method)) for n in bench.sizes
+            ]
+            measured = [(n, theirs / own) for n, theirs, own in found if theirs and own]
+            if measured:
+                axes.plot(*zip(*measured, strict=True), **_style(method))
+        axes.axhline(1.0, color="#444444", linewidth=1.0, linestyle="--")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_title(DISTRIBUTION_LABELS.get(distribution, distribution))
+    for axes in panels[len(bench.distributions) :]:
+        axes.set_visible(False)
+    for axes in grid[-1]:
+        axes.set_xlabel("points n")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("speed-up")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+@register_figure("benchmark-hull", experiments=("benchmark/geometry_hull/",))
+def hull_figure(records: list[dict[str, Any]]) -> "Figure | None":
+    bench = bench_of(records, "hull")
+    if bench is None:
+        return None
+    methods = ["entreg", "plain_filter", "geos", "opencv"]
+    return _speedup_figure(bench, "qhull", methods, "Convex hull: speed-up over Qhull (dashed: Qhull)")
+
+
+@register_figure("benchmark-delaunay", experiments=("benchmark/geometry_delaunay/",))
+def delaunay_figure(records: list[dict[str, Any]]) -> "Figure | None":
+    bench = bench_of(records, "delaunay")
+    if bench is None:
+        return None
+    methods = ["entreg", "shull", "shull_parallel", "triangle"]
+    return _speedup_figure(bench, "qhull", methods, "Delaunay triangulation: speed-up over Qhull (dashed: Qhull)")
+
+
+@register_figure("benchmark-pareto", experiments=("benchmark/geometry_pareto/",))
+def pareto_figure(records: list[dict[str, Any]]) -> "Figure | None":
+    bench = bench_of(records, "pareto")
+    if bench is None:
+        return None
+    methods = ["entreg", "plain_filter"]
+    title = "Pareto front: speed-up over numpy's sort (dashed: numpy)"
+    return _speedup_figure(bench, "numpy_lexsort", methods, title)
+
+
+@register_figure("benchmark-entropy-law", experiments=("benchmark/entropy_law/",))
+def law_figure(records: list[dict[str, Any]]) -> "Figure | None":
+    chosen = law_records(records)
+    if not chosen:
+        return None
+    rows = [row for record in chosen for row in record["rows"]]
+    largest = max(row["n"] for row in rows)
+    figure, (left, right) = new_figure(1, 2, width=10.0, height=4.4)
+    for position, (family, label) in enumerate(LAW_LABELS.items()):
+        mine = [row for row in rows if row["family"] == family]
+        if not mine:
+            continue
+        colour, marker = PALETTE[position], MARKERS[position]
+        left.plot(
+            [row["work"] for row in mine],
+            [1e3 * row["seconds_median"] for row in mine],
+            linestyle="none",
+            color=colour,
+            marker=marker,
+            label=label,
+        )
+        large = sorted((row["work"] / 1e6, 1e3 * row["seconds_median"]) for row in mine if row["n"] == largest)
+        work, milliseconds = map(np.array, zip(*large, strict=True))
+        right.plot(work, milliseconds, linestyle="none", color=colour, marker=marker)
+        if len(large) > 1 and np.ptp(work) > 0:
+            fit = linear_fit(work, milliseconds)
+            ends = np.array([work.min(), work.max()])
+            text = f"{label}: R² = {fit.r_squared:.3f}"
+            right.plot(ends, fit.intercept + fit.slope * ends, color=colour, linewidth=1.2, label=text)
+    overall = linear_fit([row["work"] for row in rows], [1e3 * row["seconds_median"] for row in rows])
+    span = np.geomspace(min(row["work"] for row in rows), max(row["work"] for row in rows), 50)
+    fitted = overall.intercept + overall.slope * span
+    # A line with a negative intercept cannot be drawn below zero on logarithmic axes.
+    left.plot(
+        span[fitted > 0],
+        fitted[fitted > 0],
+        color="#444444",
+        linewidth=1.2,
+        linestyle="--",
+        label=f"one line for all: R² = {overall.r_squared:.3f}",
+    )
+    left.set(xscale="log", yscale="log", xlabel="n (1 + H)", ylabel="time, ms", title="all sizes")
+    right.set(xlabel="n (1 + H), millions", ylabel="time, ms", title=f"n = {largest:,}")
+    right.set_xlim(left=0)
+    right.set_ylim(bottom=0)
+    for axes in (left, right):
+        axes.legend(loc="upper left")
+    figure.suptitle("Convex hull, one thread: time against n (1 + H)", fontsize=12)
+    return figure
