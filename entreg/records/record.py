@@ -164,8 +164,8 @@ def parse(text: str, name: str) -> dict[str, Any]:
     """
     remedy = "restore it from version control or delete it and run its command again"
     try:
-        record = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        record = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"The record {name} is truncated or damaged (not valid JSON); {remedy}.") from error
     if not isinstance(record, dict):
         raise RecordError(f"The record {name} is damaged (not a JSON object); {remedy}.")
@@ -174,13 +174,11 @@ def parse(text: str, name: str) -> dict[str, Any]:
         raise RecordError(
             f"The record {name} has schema version {found!r}, this entreg reads {SCHEMA_VERSION}; {remedy}."
         )
+    if record.get("checksum") != checksum(record) or serialise(record) != text:
+        raise RecordError(f"The record {name} was changed after it was written (checksum differs); {remedy}.")
     problem = schema_problem(record)
-    if problem is None and "checksum" not in record:
-        problem = "the checksum is missing"
     if problem is not None:
         raise RecordError(f"The record {name} does not fit the schema ({problem}); {remedy}.")
-    if checksum(record) != record["checksum"] or serialise(record) != text:
-        raise RecordError(f"The record {name} was changed after it was written (checksum differs); {remedy}.")
     if record["id"] != record_id(record["experiment"], record["config_hash"]) or record["config_hash"] != config_hash(
         record["config"]
     ):
@@ -242,6 +240,10 @@ def _validator() -> jsonschema.Draft202012Validator:
 
 def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _whole_floats_to_int(value: Any) -> Any:
