@@ -1,0 +1,128 @@
+"""Kernels of the parallel hull: points split by side and by slabs of x, or taken in the runs they already form.
+
+The results of the kernels are chains in disjoint ranges of x, for :func:`entreg.geometry._chains.join_chains`. Here
+``ends`` is the pair of indices of the first and last point.
+"""
+
+import numpy as np
+from numba import njit
+
+from entreg.geometry._chains import extend_chain
+from entreg.geometry._filtering import bin_of
+from entreg.geometry._sorting import sort_by_x
+from entreg.geometry.predicates import orient2d
+
+
+@njit(cache=True, nogil=True)
+def assign_slabs(points, candidates, everything, ends, origin, scale, slabs, start, stop, labels):
+    """Label candidates ``start..stop`` with ``side * slabs + slab`` (0 is the lower side), -1 on the line of the ends.
+
+    Returns:
+        The number of candidates with each label.
+    """
+    first_x = np.float64(points[ends[0], 0])
+    first_y = np.float64(points[ends[0], 1])
+    last_x = np.float64(points[ends[1], 0])
+    last_y = np.float64(points[ends[1], 1])
+    counts = np.zeros(2 * slabs, np.int64)
+    for k in range(start, stop):
+        index = k if everything else candidates[k]
+        x = np.float64(points[index, 0])
+        y = np.float64(points[index, 1])
+        turn = orient2d(first_x, first_y, last_x, last_y, x, y)
+        label = -1
+        if turn != 0:
+            label = bin_of(x, origin, scale, slabs - 2)
+            if turn > 0:
+                label += slabs
+            counts[label] += 1
+        labels[k] = label
+    return counts
+
+
+@njit(cache=True, nogil=True)
+def fill_slabs(points, candidates, everything, slabs, start, stop, labels, positions, records):
+    """Write candidates ``start..stop`` as records to their slabs; ``positions`` are the next free rows, changed."""
+    for k in range(start, stop):
+        label = labels[k]
+        if label >= 0:
+            index = k if everything else candidates[k]
+            row = positions[label]
+            positions[label] = row + 1
+            y = np.float64(points[index, 1])
+            records[row, 0] = points[index, 0]
+            records[row, 1] = y if label < slabs else -y
+            records[row, 2] = index
+
+
+@njit(cache=True, nogil=True)
+def chain_slabs(records, slab_starts, begin, end):
+    """Chain of consecutive slabs ``begin..end`` of one side, written to the front of their rows; returns its size."""
+    largest = 0
+    for slab in range(begin, end):
+        largest = max(largest, slab_starts[slab + 1] - slab_starts[slab])
+    scratch = np.empty((largest, 3))
+    chain = records[slab_starts[begin] : slab_starts[end]]
+    size = 0
+    for slab in range(begin, end):
+        slab_records = records[slab_starts[slab] : slab_starts[slab + 1]]
+        sort_by_x(slab_records, scratch)
+        for k in range(slab_records.shape[0]):
+            size = extend_chain(chain, size, slab_records[k, 0], slab_records[k, 1], slab_records[k, 2])
+    return size
+
+
+@njit(cache=True, nogil=True)
+def find_runs(points, most):
+    """Starts of the maximal runs with monotone x (as cut greedily from the left), closed by n.
+
+    Returns:
+        The ``runs + 1`` bounds, or none when there are more than ``most`` runs; it stops looking as soon as it knows.
+    """
+    n = points.shape[0]
+    bounds = np.zeros(most + 1, np.int64)
+    runs = 1
+    direction = 0
+    for i in range(1, n):
+        step = np.int64(points[i, 0] > points[i - 1, 0]) - np.int64(points[i, 0] < points[i - 1, 0])
+        if step * direction < 0:
+            if runs == most:
+                return bounds[:0]
+            bounds[runs] = i
+            runs += 1
+            direction = 0
+        elif step != 0:
+            direction = step
+    bounds[runs] = n
+    return bounds[: runs + 1]
+
+
+@njit(cache=True, nogil=True)
+def chain_run(points, ends, start, stop, records):
+    """Lower and upper chain of points whose x is monotone over ``start..stop``.
+
+    The lower chain is written to the rows of ``records`` from ``start`` on, the upper one from ``n + start`` on.
+
+    Returns:
+        The two sizes.
+    """
+    n = points.shape[0]
+    first_x = np.float64(points[ends[0], 0])
+    first_y = np.float64(points[ends[0], 1])
+    last_x = np.float64(points[ends[1], 0])
+    last_y = np.float64(points[ends[1], 1])
+    lower = records[start:stop]
+    upper = records[n + start : n + stop]
+    lower_size = 0
+    upper_size = 0
+    backwards = points[start, 0] > points[stop - 1, 0]
+    for k in range(stop - start):
+        index = stop - 1 - k if backwards else start + k
+        x = np.float64(points[index, 0])
+        y = np.float64(points[index, 1])
+        turn = orient2d(first_x, first_y, last_x, last_y, x, y)
+        if turn < 0:
+            lower_size = extend_chain(lower, lower_size, x, y, index)
+        elif turn > 0:
+            upper_size = extend_chain(upper, upper_size, x, -y, index)
+    return lower_size, upper_size
