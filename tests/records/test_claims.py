@@ -1,0 +1,344 @@
+import copy
+import dataclasses
+import math
+import re
+
+import pytest
+import yaml
+
+from entreg.errors import InputError, RecordError
+from entreg.records import environment
+from entreg.records.claims import (
+    JUDGED_SCALES,
+    VERDICTS,
+    Claim,
+    Evidence,
+    Rule,
+    claims_table,
+    judge,
+    judge_all,
+    load_claims,
+    measure_registry,
+    readme_table,
+    register_measure,
+)
+from tests.records.samples import sample_record
+
+# The paper's claims, typed from its abstracts and reviews.
+LEDGER = {
+    "geo-hull-speed": ("4–5x", "abstract v2"),
+    "geo-tri-speed": ("4–5x", "abstract v2"),
+    "geo-error": ("< 0.2 %", "abstract v2"),
+    "geo-v1-speed": ("up to 4.1x", "abstract v1"),
+    "vit-top1": ("80.1 %", "abstract v2"),
+    "vit-speed": ("1.60x", "abstract v2"),
+    "vit-flash": ("2.07x", "abstract v2"),
+    "vit-flash-only": ("1.63x", "abstract v2"),
+    "vit-l1": ("+6 points", "abstract v1"),
+    "vit-iou": ("0.73 / 0.41", "abstract v2"),
+    "cifar-mce": ("48.7 / 55.4", "abstract v2"),
+    "llm-speed": ("1.48–1.60x", "abstract v2"),
+    "llm-rouge": ("0.3–0.4 points", "abstract v2"),
+    "llm-ppl": ("0.9", "abstract v2"),
+    "train-cost": ("2–12 %", "reviews"),
+    "amortise": ("≥ 450K", "reviews"),
+}
+
+CLAIMS = {claim.id: claim for claim in load_claims()}
+
+
+def evidence(value, unit="x", **changes):
+    fields = {"interval": None, "scale": "offline", "record_ids": ["r"], "reason": "", "unit": unit, **changes}
+    return Evidence(value=value, **fields)
+
+
+def test_every_claim_of_the_ledger_is_there_and_no_other():
+    assert {key: (claim.paper_value, claim.source) for key, claim in CLAIMS.items()} == LEDGER
+
+
+def test_every_claim_says_how_to_check_it():
+    for claim in CLAIMS.values():
+        assert set(claim.commands) == set(JUDGED_SCALES)
+        assert all(re.match(r"(make [a-z-]+|python scripts/[a-z_]+\.py)", text) for text in claim.commands.values())
+        assert claim.status == ("built" if claim.id.startswith("geo-") else claim.status)
+
+
+def test_commands_of_built_claims_exist():
+    targets = set(re.findall(r"^([a-z0-9-]+):", (environment.REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    for claim in CLAIMS.values():
+        for command in claim.commands.values() if claim.status == "built" else ():
+            tool, target, *_ = command.split()
+            if tool == "make":
+                assert target in targets
+            else:
+                assert (environment.REPOSITORY / target).is_file()
+
+
+# What the paper itself reports must count as reproduced by its own rule.
+@pytest.mark.parametrize(
+    ("claim", "value"),
+    [
+        ("geo-hull-speed", 4.0),
+        ("geo-hull-speed", 5.0),
+        ("geo-tri-speed", 4.5),
+        ("geo-error", 0.19),
+        ("geo-v1-speed", 4.1),
+        ("vit-top1", 80.1),
+        ("vit-speed", 1.60),
+        ("vit-flash", 2.07),
+        ("vit-flash-only", 1.63),
+        ("vit-l1", 6.0),
+        ("vit-iou", 0.73),
+        ("cifar-mce", 48.7),
+        ("llm-speed", 1.48),
+        ("llm-speed", 1.60),
+        ("llm-rouge", 0.3),
+        ("llm-rouge", 0.4),
+        ("llm-ppl", 0.9),
+        ("train-cost", 2.0),
+        ("train-cost", 12.0),
+        ("amortise", 450_000),
+    ],
+)
+def test_the_papers_own_value_is_reproduced(claim, value):
+    assert judge(CLAIMS[claim], evidence(value, CLAIMS[claim].unit)).verdict == "reproduced"
+
+
+# Values that mean "no effect" must count as not reproduced.
+@pytest.mark.parametrize(
+    ("claim", "value"),
+    [
+        ("geo-hull-speed", 1.0),
+        ("geo-tri-speed", 1.0),
+        ("geo-error", 1.0),
+        ("geo-v1-speed", 1.0),
+        ("vit-top1", 70.0),
+        ("vit-speed", 1.0),
+        ("vit-flash", 1.0),
+        ("vit-flash-only", 1.0),
+        ("vit-l1", 0.0),
+        ("vit-iou", 0.41),
+        ("cifar-mce", 55.4),
+        ("llm-speed", 1.0),
+        ("llm-rouge", 4.0),
+        ("llm-ppl", 9.0),
+        ("train-cost", 100.0),
+        ("amortise", 1e9),
+    ],
+)
+def test_no_effect_is_not_reproduced(claim, value):
+    assert judge(CLAIMS[claim], evidence(value, CLAIMS[claim].unit)).verdict == "not reproduced"
+
+
+@pytest.mark.parametrize(
+    ("direction", "value", "verdict"),
+    [
+        ("higher", 5.01, "exceeded"),
+        ("higher", 5.0, "reproduced"),
+        ("higher", 4.0, "reproduced"),
+        ("higher", 3.99, "partly"),
+        ("higher", 2.5, "partly"),
+        ("higher", 2.49, "not reproduced"),
+        ("lower", -5.01, "exceeded"),
+        ("lower", -5.0, "reproduced"),
+        ("lower", -4.0, "reproduced"),
+        ("lower", -3.99, "partly"),
+        ("lower", -2.5, "partly"),
+        ("lower", -2.49, "not reproduced"),
+    ],
+)
+def test_thresholds(direction, value, verdict):
+    sign = 1 if direction == "higher" else -1
+    rule = Rule(direction, reproduced=4.0 * sign, exceeded=5.0 * sign, partly=2.5 * sign)
+    claim = dataclasses.replace(CLAIMS["geo-hull-speed"], rule=rule)
+    assert judge(claim, evidence(value)).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("claim", "value", "alternative", "verdict"),
+    [
+        ("geo-hull-speed", 0.7, 4.6, "partly"),
+        ("geo-hull-speed", 0.7, 3.9, "not reproduced"),
+        ("geo-hull-speed", 4.2, 9.0, "reproduced"),
+        ("geo-hull-speed", 3.0, 1.0, "partly"),
+        ("cifar-mce", 54.0, 3.4, "partly"),
+        ("cifar-mce", 54.0, 3.3, "not reproduced"),
+        ("vit-iou", 0.5, 0.16, "partly"),
+    ],
+)
+def test_alternative_quantity_makes_a_claim_partly_true_at_most(claim, value, alternative, verdict):
+    found = judge(CLAIMS[claim], evidence(value, CLAIMS[claim].unit, alternative=alternative))
+    assert found.verdict == verdict
+    assert CLAIMS[claim].rule.alternative.quantity in found.reason
+
+
+def test_reason_value_and_interval_are_told():
+    found = judge(
+        CLAIMS["geo-hull-speed"],
+        evidence(0.71, interval=(0.65, 0.77), alternative=4.61, reason="classical filter alone: 18.3x"),
+    )
+    assert found.measured == "0.710x [0.650, 0.770]"
+    assert found.reason == "the same without the network's own time: 4.61x; classical filter alone: 18.3x"
+    assert found.record_ids == ("r",)
+
+
+def test_an_interval_across_a_threshold_is_told():
+    found = judge(CLAIMS["geo-error"], evidence(0.19, "%", interval=(0.01, 0.45)))
+    assert found.verdict == "reproduced"
+    assert found.measured == "0.190 % [0.0100, 0.450]"
+    assert found.reason == "the 95 % interval reaches from not reproduced to exceeded"
+    assert "interval" not in judge(CLAIMS["geo-error"], evidence(0.1, "%", interval=(0.09, 0.11))).reason
+
+
+def test_without_evidence_the_command_is_told():
+    found = judge(CLAIMS["geo-hull-speed"], None)
+    assert (found.verdict, found.measured, found.reason) == ("not run", "–", "run make reproduce-geometry")
+    assert judge(CLAIMS["vit-speed"], None, "paper").reason == "not built yet; it will be make study-vit"
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"value": math.nan}, "not finite"),
+        ({"interval": (1.0, math.inf)}, "not finite"),
+        ({"alternative": math.nan}, "not finite"),
+        ({"unit": "%"}, "in '%' but the claim in 'x'"),
+        ({"scale": "smoke"}, "not 'smoke'"),
+        ({"record_ids": []}, "name the records"),
+    ],
+)
+def test_bad_evidence(bad, words):
+    with pytest.raises(InputError, match=words):
+        judge(CLAIMS["geo-hull-speed"], dataclasses.replace(evidence(4.0), **bad))
+
+
+@pytest.fixture
+def measure():
+    names = []
+
+    def register(name, function, experiments=("",)):
+        assert measure_registry.get(name) is None
+        register_measure(name, experiments)(function)
+        names.append(name)
+
+    yield register
+    for name in names:
+        measure_registry.remove(name)
+
+
+def test_measures_see_the_records_of_one_scale(measure):
+    seen = []
+
+    def function(records):
+        seen.append([(record["experiment"], record["scale"]) for record in records])
+        return evidence(4.5, scale=records[0]["scale"], record_ids=[records[0]["id"]])
+
+    measure("test-measure", function, ("geometry",))
+    claim = dataclasses.replace(CLAIMS["geo-hull-speed"], measure="test-measure")
+    records = [sample_record("geometry/hull"), sample_record("vit/speed"), sample_record(scale="smoke")]
+    (at,) = judge_all([claim], records)
+    assert seen == [[("geometry/hull", "offline")]]
+    assert (at["offline"].verdict, at["paper"].verdict) == ("reproduced", "not run")
+    (at,) = judge_all([claim], [sample_record(scale="paper")])
+    assert (at["offline"].verdict, at["paper"].verdict) == ("not run", "reproduced")
+
+
+def test_offline_evidence_cannot_pass_for_the_papers_scale(measure):
+    measure("test-measure", lambda records: evidence(4.5))
+    claim = dataclasses.replace(CLAIMS["geo-hull-speed"], measure="test-measure")
+    with pytest.raises(InputError, match="offline evidence from paper records"):
+        judge_all([claim], [sample_record(scale="paper")])
+
+
+def test_without_records_or_measure_everything_is_not_run():
+    claims = list(CLAIMS.values())
+    for at in judge_all(claims, []):
+        assert [at[scale].verdict for scale in JUDGED_SCALES] == ["not run", "not run"]
+
+
+def test_tables_have_a_row_per_claim(measure):
+    measure("test-measure", lambda records: evidence(0.7, record_ids=["r"], alternative=4.6, reason="filter: 18x"))
+    measure("test-none", lambda records: None)
+    claims = [
+        dataclasses.replace(CLAIMS["geo-hull-speed"], measure="test-measure"),
+        dataclasses.replace(CLAIMS["geo-error"], measure="test-none"),
+        dataclasses.replace(CLAIMS["vit-speed"], measure="test-absent"),
+    ]
+    verdicts = judge_all(claims, [sample_record()])
+    full = claims_table(claims, verdicts)
+    assert [row[0] for row in full.rows] == ["`geo-hull-speed`", "`geo-error`", "`vit-speed`"]
+    assert full.record_ids == ["r"]
+    short = readme_table(claims, verdicts)
+    assert [row[3] for row in short.rows] == ["**partly**", "not run", "not run"]
+    assert [row[4] for row in short.rows] == ["not run"] * 3
+    assert short.rows[0][5] == "the same without the network's own time: 4.60x; filter: 18x"
+    assert short.rows[2][5:] == ["not built yet", "`make reproduce-vit` (planned)"]
+    assert all(verdict[scale].verdict in VERDICTS for verdict in verdicts for scale in JUDGED_SCALES)
+
+
+VALID = {
+    "id": "a-b",
+    "claim": "c",
+    "paper_value": "1x",
+    "source": "reviews",
+    "experiment": "e",
+    "status": "built",
+    "quantity": "q",
+    "unit": "x",
+    "rule": {"direction": "higher", "exceeded": 3, "reproduced": 2, "partly": 1},
+    "commands": {"offline": "make a", "paper": "make b"},
+}
+
+
+def change(**fields):
+    entry = copy.deepcopy(VALID)
+    for key, value in fields.items():
+        if value is None:
+            del entry[key]
+        else:
+            entry[key] = {**entry[key], **value} if isinstance(value, dict) else value
+    return yaml.safe_dump([entry])
+
+
+def test_a_valid_file_loads(tmp_path):
+    path = tmp_path / "claims.yaml"
+    path.write_text(change())
+    (claim,) = load_claims(path)
+    assert isinstance(claim, Claim)
+    assert (claim.measure, claim.rule.exceeded) == ("a-b", 3)
+    path.write_text(change(measure="other"))
+    assert load_claims(path)[0].measure == "other"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "top level"),
+        ("a: 1", "top level"),
+        ("[1]", "number 1"),
+        ("[}", "not valid YAML"),
+        ("- id: a\n  id: b\n", "the key 'id' stands twice"),
+        (change(colour="red"), "the claim a-b.*colour"),
+        (change(unit=None), "the claim a-b.*unit"),
+        (change(source="hearsay"), "the claim a-b/source"),
+        (change(id="A B"), "the claim A B/id"),
+        (change(rule={"direction": "up"}), "the claim a-b/rule/direction"),
+        (change(rule={"reproduced": "much"}), "the claim a-b/rule/reproduced"),
+        (change(rule={"reproduced": 9}), "thresholds of 'a-b' out of order"),
+        (change(rule={"direction": "lower"}), "thresholds of 'a-b' out of order"),
+        (change(commands={"gpu": "x"}), "the claim a-b/commands"),
+        (change() + change(), "the id 'a-b' twice"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_sentence(tmp_path, text, words):
+    path = tmp_path / "claims.yaml"
+    path.write_text(text)
+    with pytest.raises(RecordError, match=words) as caught:
+        load_claims(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(RecordError, match="cannot be read"):
+        load_claims(tmp_path / "claims.yaml")

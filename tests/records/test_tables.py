@@ -1,0 +1,89 @@
+import re
+
+import pytest
+
+from entreg.errors import InputError
+from entreg.records.statistics import Estimate
+from entreg.records.tables import Table, provenance
+from tests.records.samples import sample_record
+
+TABLE = Table(
+    "example",
+    "Hull of 1_000 points & more",
+    ["points", "time", "speed-up"],
+    [["square|1", 0.00123456, Estimate(4.0, 3.0, 5.0, 3)], ["`disk`", None, "not run"]],
+    notes=["Median of 7\nrounds, 95 %."],
+)
+
+
+def test_markdown():
+    assert TABLE.to_markdown() == (
+        "<!-- generated from run records by scripts/tables.py; do not edit -->\n"
+        "\n"
+        "# Hull of 1_000 points & more\n"
+        "\n"
+        "| points | time | speed-up |\n"
+        "| --- | ---: | ---: |\n"
+        "| square\\|1 | 0.00123 | 4.00 [3.00, 5.00] |\n"
+        "| `disk` | – | not run |\n"
+        "\n"
+        "- Median of 7 rounds, 95 %.\n"
+    )
+
+
+def test_latex():
+    text = TABLE.to_latex()
+    assert r"\caption{Hull of 1\_000 points \& more}" in text
+    assert r"\begin{tabular}{lrr}" in text
+    assert r"square\textbar{}1 & 0.00123 & 4.00 [3.00, 5.00] \\" in text
+    assert r"\texttt{disk} & -- & not run \\" in text
+    assert r"\par\footnotesize Median of 7 rounds, 95 \%." in text
+    assert text.index(r"\toprule") < text.index(r"\midrule") < text.index(r"\bottomrule")
+    # Outside comments no special character stands unescaped.
+    body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
+    assert not re.search(r"(?<!\\)[%#$](?![\\])", body)
+    assert text.count(r"\begin{") == text.count(r"\end{")
+
+
+def test_plain_text_is_aligned():
+    lines = TABLE.to_text().splitlines()
+    assert lines[0] == "Hull of 1_000 points & more"
+    assert lines[1] == "points       time           speed-up"
+    assert lines[3] == "square|1  0.00123  4.00 [3.00, 5.00]"
+    assert lines[4] == "`disk`          –            not run"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((["a", "b"], [["x"]]), "2 columns but a row of 1"),
+        (([], []), "at least one column"),
+        ((["a"], [["x"]], (), "lr"), "1 letters"),
+        ((["a"], [["x"]], (), "q"), "out of l, r, c"),
+    ],
+)
+def test_bad_tables(arguments, words):
+    with pytest.raises(InputError, match=words):
+        Table("t", "T", *arguments)
+
+
+def test_provenance_names_records_device_and_commit():
+    first = sample_record(config={"n": 1})
+    second = sample_record(config={"n": 2})
+    other = sample_record("geometry/law", config={"n": 3}, scale="paper")
+    first["code"] = {"commit": "a" * 40, "dirty": False}
+    second["code"] = {"commit": "b" * 40, "dirty": True}
+    other["code"] = {"commit": None, "dirty": None}
+    first["device"] = {**first["device"], "cpu": "CPU 1", "gpu": "GPU 1", "memory_gib": 24.4}
+    lines = provenance([other, second, first])
+    hashes = sorted([first["config_hash"], second["config_hash"]])
+    assert lines[0] == (
+        f"Records (offline, paper scale): geometry/hull: {', '.join(hashes)}; geometry/law: {other['config_hash']}."
+    )
+    assert "CPU 1, " in lines[1]
+    assert ", 24 GiB, GPU 1" in lines[1]
+    assert lines[2] == "Code: aaaaaaaaaa, bbbbbbbbbb with uncommitted changes, commit unknown."
+    assert provenance([first, second], [first["id"]])[0].endswith(f"{first['config_hash']}.")
+    assert provenance([first], []) == []
+    with pytest.raises(InputError, match="not among the records"):
+        provenance([first], [second["id"]])
