@@ -23,12 +23,13 @@ not hold what it shows. It must depend on nothing else: no files, clock or rando
         return Table("geometry-hull", "Convex hull, 1,000,000 points", ["points", "time", "speed-up"], rows,
                      notes=["Median of 7 interleaved rounds."])
 
-    from entreg.records.figures import new_figure, method_style, register_figure
+    from entreg.records.figures import new_figure, method_styles, register_figure
 
     @register_figure("geometry-law", experiments=("geometry/law",))       # -> results/figures/geometry-law.png, .svg
     def law_figure(records: list[dict]) -> "matplotlib.figure.Figure | None":
         figure, axes = new_figure()
-        axes.plot(x, y, **method_style("entreg"))
+        for method, style in method_styles(["entreg", "Qhull"]).items():
+            axes.plot(x, y[method], **style)
         return figure
 
     from entreg.records.claims import Evidence, register_measure

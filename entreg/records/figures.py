@@ -177,6 +177,8 @@ def fingerprint(figure: "Figure") -> str:
     """
     parts: list[str] = []
     for axes in figure.axes:
+        if not axes.get_visible():
+            continue
         parts += [axes.get_title(), axes.get_xlabel(), axes.get_ylabel(), axes.get_xscale(), axes.get_yscale()]
         parts += [_colour(text.get_color()) + text.get_text() for text in axes.texts]
         legend = axes.get_legend()
@@ -192,6 +194,7 @@ def fingerprint(figure: "Figure") -> str:
             parts.append(_colour(patch.get_facecolor()))
         parts += [_numbers(image.get_array()) for image in axes.images]
     parts += [text.get_text() for text in figure.texts]
+    parts += [text.get_text() for legend in figure.legends for text in legend.get_texts()]
     return hashlib.sha256("\x1f".join(parts).encode("utf-8")).hexdigest()
 
 

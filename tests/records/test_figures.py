@@ -73,6 +73,17 @@ def test_the_fingerprint_ignores_the_last_digits_and_drawing():
     assert before == fingerprint(figure) == fingerprint(draw())
 
 
+def test_legends_of_the_whole_figure_and_hidden_axes_count():
+    figure = draw()
+    before = fingerprint(figure)
+    legend = figure.legend(["a", "b"], loc="outside lower center")
+    assert fingerprint(figure) != before
+    legend.remove()
+    assert fingerprint(figure) == before
+    figure.axes[1].set_visible(False)
+    assert fingerprint(figure) != before
+
+
 def test_images_and_gaps_count():
     def image(value):
         figure, axes = new_figure()
