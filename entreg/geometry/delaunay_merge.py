@@ -1,0 +1,335 @@
+"""Divide and conquer on linked edges: triangulations of neighbouring cells are merged into one.
+
+The merge is that of Guibas and Stolfi, "Primitives for the manipulation of general subdivisions and the computation of
+Voronoi diagrams" (1985): find the lower common tangent, then raise it, deleting the edges that the rising bubble
+invalidates. The cells are those of a binary trie over Morton keys, cut in turn along x and along y as Dwyer (1987)
+proposed for medians, so that the seams are short.
+
+An edge is a pair of directed edges e and e ^ 1. Directed edge e owns four words of the flat uint32 array ``links``:
+its destination, the next and the previous edge around its origin (counter-clockwise), and a word for the
+triangle on its left, NONE in a free slot. Unsigned words spare the negative-index check on every access.
+
+A triangulation in the making is known by a handle: a directed edge with the outside on its left, or -1 - p for the
+lone point p. ``pool`` holds the first free edge and the first slot never used.
+"""
+
+import numpy as np
+from numba import njit
+
+from entreg.geometry.delaunay_predicates import (
+    ANGLE_BOUND,
+    CROSS_BOUND,
+    MARGIN,
+    angle_parts,
+    is_above,
+    is_inside,
+    is_left_turn,
+)
+
+NONE = 0xFFFFFFFF
+# Positions of the words of a directed edge.
+WORDS = 4
+NEXT = 1
+PREVIOUS = 2
+FACE = 3
+# A planar graph on m points has fewer than 3 m edges.
+WORDS_PER_POINT = 3 * 2 * WORDS
+TOP_LEVEL = 32767
+# More than 32 per factor of about 2**16 between the largest and the smallest distance of two float64 numbers.
+MOST_LEVELS = 8192
+
+
+@njit(cache=True, nogil=True)
+def merge_cells(scaled, exact, links, levels, start, stop):
+    """Triangulate the points ``start .. stop - 1``, which lie in the order of their trie.
+
+    Args:
+        scaled, exact: Flat coordinates, see :mod:`entreg.geometry.delaunay_predicates`.
+        links: Edge records, changed; only the slots of these points are touched.
+        levels: int16; ``levels[i]`` is the level of the trie at which points i and i + 1 part, see
+            :mod:`entreg.geometry.delaunay_order`.
+
+    Returns:
+        Handle of the triangulation, and the first of the free slots, which are linked and marked as free.
+    """
+    pool = np.empty(2, np.int64)
+    pool[0] = NONE
+    pool[1] = 6 * start
+    # From bottom to top of the stack the levels fall.
+    handles = np.empty(min(stop - start, MOST_LEVELS), np.int64)
+    seams = np.empty_like(handles)
+    depth = 0
+    for i in range(start, stop):
+        handle = np.int64(-1 - i)
+        level = np.int64(levels[i]) if i + 1 < stop else np.int64(TOP_LEVEL)
+        while depth > 0 and seams[depth - 1] <= level:
+            depth -= 1
+            handle = _merge(scaled, exact, links, pool, handles[depth], handle, seams[depth])
+        handles[depth] = handle
+        seams[depth] = level
+        depth += 1
+    for edge in range(pool[1], 6 * stop, 2):
+        _free_edge(links, pool, edge)
+    return handles[0], pool[0]
+
+
+@njit(cache=True, nogil=True)
+def merge_blocks(scaled, exact, links, free, handles, levels):
+    """Merge the triangulations of consecutive blocks of points.
+
+    Args:
+        scaled, exact, links: As for :func:`merge_cells`.
+        free: ``(blocks,)`` int64, the first free slots that :func:`merge_cells` left.
+        handles: ``(blocks,)`` int64, changed.
+        levels: ``(blocks,)`` int64, changed; ``levels[k]`` is that between the last point of block k and the next.
+
+    Returns:
+        Handle of the triangulation.
+    """
+    blocks = handles.shape[0]
+    pool = np.empty(2, np.int64)
+    pool[0] = NONE
+    for k in range(blocks):
+        edge = free[k]
+        while edge != NONE:
+            following = np.int64(links[WORDS * edge + NEXT])
+            _free_edge(links, pool, edge)
+            edge = following
+    depth = 0
+    for k in range(blocks):
+        handle = handles[k]
+        level = levels[k] if k + 1 < blocks else np.int64(TOP_LEVEL)
+        while depth > 0 and levels[depth - 1] <= level:
+            depth -= 1
+            handle = _merge(scaled, exact, links, pool, handles[depth], handle, levels[depth])
+        handles[depth] = handle
+        levels[depth] = level
+        depth += 1
+    return handles[0]
+
+
+@njit(cache=True, nogil=True)
+def _merge(scaled, exact, links, pool, below, above, level):
+    """Merge two triangulations that a line separates: ``below`` is left of it (level even) or below it (odd)."""
+    left_edge, left, right_edge, right = _lower_tangent(scaled, exact, links, below, above, level & 1)
+    # The base runs from right to left, with the finished part on its left; ``twin`` is its reverse.
+    base = _take_edge(links, pool)
+    twin = base ^ 1
+    links[WORDS * base] = left
+    links[WORDS * twin] = right
+    if above < 0:
+        links[WORDS * base + NEXT] = base
+        links[WORDS * base + PREVIOUS] = base
+    else:
+        _insert_before(links, base, right_edge)
+    if below < 0:
+        links[WORDS * twin + NEXT] = twin
+        links[WORDS * twin + PREVIOUS] = twin
+    else:
+        _insert_after(links, twin, left_edge)
+    handle = base
+    left_x, left_y = scaled[2 * left], scaled[2 * left + 1]
+    right_x, right_y = scaled[2 * right], scaled[2 * right + 1]
+    while True:
+        left_edge = np.int64(links[WORDS * twin + NEXT])
+        left_tip = np.int64(links[WORDS * left_edge])
+        left_found = False
+        left_dot = left_cross = left_span = 0.0
+        if left_tip != right:
+            left_dot, left_cross, left_span = angle_parts(scaled, left_x, left_y, right_x, right_y, left_tip)
+            bound = CROSS_BOUND * left_span + MARGIN
+            left_found = left_cross > bound or (left_cross >= -bound and is_above(exact, left, right, left_tip))
+        while left_found:
+            following = np.int64(links[WORDS * left_edge + NEXT])
+            tip = np.int64(links[WORDS * following])
+            if tip == right:
+                break
+            dot, cross, span = angle_parts(scaled, left_x, left_y, right_x, right_y, tip)
+            bound = CROSS_BOUND * span + MARGIN
+            if cross < -bound:
+                break
+            excess = dot * left_cross - left_dot * cross
+            doubt = ANGLE_BOUND * (span * left_span) + MARGIN
+            if excess > doubt:
+                break
+            if cross <= bound and not is_above(exact, left, right, tip):
+                break
+            if excess >= -doubt and not is_inside(exact, left, right, left_tip, tip):
+                break
+            _unlink(links, left_edge)
+            _free_edge(links, pool, left_edge & ~1)
+            left_edge, left_tip, left_dot, left_cross, left_span = following, tip, dot, cross, span
+        right_edge = np.int64(links[WORDS * base + PREVIOUS])
+        right_tip = np.int64(links[WORDS * right_edge])
+        right_found = False
+        right_dot = right_cross = right_span = 0.0
+        if right_tip != left:
+            right_dot, right_cross, right_span = angle_parts(scaled, left_x, left_y, right_x, right_y, right_tip)
+            bound = CROSS_BOUND * right_span + MARGIN
+            right_found = right_cross > bound or (right_cross >= -bound and is_above(exact, left, right, right_tip))
+        while right_found:
+            following = np.int64(links[WORDS * right_edge + PREVIOUS])
+            tip = np.int64(links[WORDS * following])
+            if tip == left:
+                break
+            dot, cross, span = angle_parts(scaled, left_x, left_y, right_x, right_y, tip)
+            bound = CROSS_BOUND * span + MARGIN
+            if cross < -bound:
+                break
+            excess = dot * right_cross - right_dot * cross
+            doubt = ANGLE_BOUND * (span * right_span) + MARGIN
+            if excess > doubt:
+                break
+            if cross <= bound and not is_above(exact, left, right, tip):
+                break
+            if excess >= -doubt and not is_inside(exact, left, right, right_tip, tip):
+                break
+            _unlink(links, right_edge)
+            _free_edge(links, pool, right_edge & ~1)
+            right_edge, right_tip, right_dot, right_cross, right_span = following, tip, dot, cross, span
+        if left_found and right_found:
+            excess = right_dot * left_cross - left_dot * right_cross
+            doubt = ANGLE_BOUND * (right_span * left_span) + MARGIN
+            left_found = excess > doubt or (excess >= -doubt and not is_inside(exact, left, right, left_tip, right_tip))
+        elif not (left_found or right_found):
+            return handle
+        edge = _take_edge(links, pool)
+        reverse = edge ^ 1
+        if left_found:
+            links[WORDS * edge] = left_tip
+            links[WORDS * reverse] = right
+            _insert_before(links, edge, base)
+            _insert_after(links, reverse, left_edge ^ 1)
+            left = left_tip
+            left_x, left_y = scaled[2 * left], scaled[2 * left + 1]
+        else:
+            links[WORDS * edge] = left
+            links[WORDS * reverse] = right_tip
+            _insert_before(links, edge, right_edge ^ 1)
+            _insert_after(links, reverse, twin)
+            right = right_tip
+            right_x, right_y = scaled[2 * right], scaled[2 * right + 1]
+        base = edge
+        twin = reverse
+
+
+@njit(cache=True, nogil=True)
+def _lower_tangent(scaled, exact, links, below, above, axis):
+    """Where the first edge between two triangulations goes.
+
+    Returns:
+        ``(left_edge, left, right_edge, right)``: the two vertices, and at each the hull edge beside which the new edge
+        belongs (meaningless for a lone point).
+    """
+    left_edge = right_edge = np.int64(0)
+    if below < 0:
+        left = -1 - below
+    else:
+        left_edge = _climb(exact, links, below, axis, True)
+        left = np.int64(links[WORDS * (left_edge ^ 1)])
+    if above < 0:
+        right = -1 - above
+    else:
+        right_edge = np.int64(links[WORDS * _climb(exact, links, above, axis, False) + NEXT])
+        right = np.int64(links[WORDS * (right_edge ^ 1)])
+    moved = True
+    while moved:
+        moved = False
+        while below >= 0:
+            following = np.int64(links[WORDS * left_edge])
+            if not is_left_turn(scaled, exact, right, left, following):
+                break
+            left_edge = np.int64(links[WORDS * (left_edge ^ 1) + PREVIOUS])
+            left = following
+        while above >= 0:
+            following = np.int64(links[WORDS * right_edge])
+            if not is_left_turn(scaled, exact, left, following, right):
+                break
+            right_edge = np.int64(links[WORDS * (right_edge ^ 1) + NEXT])
+            right = following
+            moved = True
+    return left_edge, left, right_edge, right
+
+
+@njit(cache=True, nogil=True)
+def _climb(exact, links, handle, axis, to_last):
+    """The hull edge, outside on its left, whose origin is the last (or first) vertex along an axis."""
+    edge = handle
+    origin = np.int64(links[WORDS * (edge ^ 1)])
+    tip = np.int64(links[WORDS * edge])
+    if _precedes(exact, axis, origin, tip) == to_last:
+        # The hull is convex: along it the rank rises to the extreme and falls behind it.
+        while True:
+            edge = np.int64(links[WORDS * (edge ^ 1) + PREVIOUS])
+            origin = tip
+            tip = np.int64(links[WORDS * edge])
+            if _precedes(exact, axis, origin, tip) != to_last:
+                return edge
+    while True:
+        backward = np.int64(links[WORDS * edge + NEXT])
+        tip = np.int64(links[WORDS * backward])
+        if _precedes(exact, axis, origin, tip) != to_last:
+            return edge
+        edge = backward ^ 1
+        origin = tip
+
+
+@njit(cache=True, nogil=True)
+def _precedes(exact, axis, a, b):
+    """Order along x, ties by y (axis 0), or the same after a quarter turn: along y, ties by falling x (axis 1)."""
+    ax, ay = exact[2 * a], exact[2 * a + 1]
+    bx, by = exact[2 * b], exact[2 * b + 1]
+    if axis == 0:
+        return ax < bx or (ax == bx and ay < by)
+    return ay < by or (ay == by and ax > bx)
+
+
+@njit(cache=True, nogil=True)
+def _take_edge(links, pool):
+    edge = pool[0]
+    if edge == NONE:
+        edge = pool[1]
+        pool[1] = edge + 2
+    else:
+        pool[0] = links[WORDS * edge + NEXT]
+    links[WORDS * edge + FACE] = 0
+    links[WORDS * (edge ^ 1) + FACE] = 0
+    return edge
+
+
+@njit(cache=True, nogil=True)
+def _free_edge(links, pool, edge):
+    links[WORDS * edge + FACE] = NONE
+    links[WORDS * (edge ^ 1) + FACE] = NONE
+    links[WORDS * edge + NEXT] = pool[0]
+    pool[0] = edge
+
+
+@njit(cache=True, nogil=True)
+def _insert_before(links, edge, place):
+    """Put ``edge`` just clockwise of ``place`` around their origin."""
+    previous = np.int64(links[WORDS * place + PREVIOUS])
+    links[WORDS * edge + NEXT] = place
+    links[WORDS * edge + PREVIOUS] = previous
+    links[WORDS * place + PREVIOUS] = edge
+    links[WORDS * previous + NEXT] = edge
+
+
+@njit(cache=True, nogil=True)
+def _insert_after(links, edge, place):
+    """Put ``edge`` just counter-clockwise of ``place`` around their origin."""
+    following = np.int64(links[WORDS * place + NEXT])
+    links[WORDS * edge + PREVIOUS] = place
+    links[WORDS * edge + NEXT] = following
+    links[WORDS * place + NEXT] = edge
+    links[WORDS * following + PREVIOUS] = edge
+
+
+@njit(cache=True, nogil=True)
+def _unlink(links, edge):
+    """Take an edge out of the rings around both of its ends."""
+    for end in (edge, edge ^ 1):
+        following = np.int64(links[WORDS * end + NEXT])
+        previous = np.int64(links[WORDS * end + PREVIOUS])
+        links[WORDS * previous + NEXT] = following
+        links[WORDS * following + PREVIOUS] = previous
