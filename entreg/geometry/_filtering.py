@@ -22,6 +22,12 @@ _MULTIPLIER = np.uint64(6364136223846793005)
 _INCREMENT = np.uint64(1442695040888963407)
 
 
+def filter_size(n: int) -> tuple[int, int]:
+    """Sample size and number of bins that balance the cost of building the filter with what it lets through."""
+    size = int(4.0 * n**0.5)
+    return size, min(max(size // 4, 32), 2048)
+
+
 @njit(cache=True, nogil=True)
 def sample_positions(n, size):
     """One pseudo-random index from each of ``size`` equal blocks of ``range(n)``; the same for equal arguments."""

@@ -6,6 +6,7 @@ import numpy as np
 
 from entreg.errors import InputError
 from entreg.geometry._chains import hull_of_candidates
+from entreg.geometry._filtering import filter_size
 from entreg.geometry._hull_paths import ALL, hull_on_one_thread, hull_on_threads
 from entreg.geometry.parallel import resolve_threads
 from entreg.geometry.validation import as_points, first_nonfinite_row, nonfinite_error
@@ -42,23 +43,21 @@ def convex_hull(points: Any, *, threads: int | None = None) -> np.ndarray:
     scan is Andrew's monotone chain (1979); the entropy bound is that of Afshani, Barbay and Chan (2009).
     """
     points = as_points(points, 3)
-    threads = resolve_threads(threads)
     n = points.shape[0]
     if n < _FILTER_FROM:
+        # Checked for its errors only: so few points are never worth a second thread.
+        if threads is not None:
+            resolve_threads(threads)
         hull = hull_of_candidates(points, ALL, True)
-    elif n < _THREADS_FROM:
-        hull = hull_on_one_thread(points, *filter_size(n), _WORTHWHILE)
     else:
-        hull = hull_on_threads(points, threads, *filter_size(n), _WORTHWHILE, _TASKS_PER_THREAD * threads)
+        threads = resolve_threads(threads)
+        if n < _THREADS_FROM:
+            hull = hull_on_one_thread(points, *filter_size(n), _WORTHWHILE)
+        else:
+            hull = hull_on_threads(points, threads, *filter_size(n), _WORTHWHILE, _TASKS_PER_THREAD * threads)
     if hull.shape[0] < 3:
         raise _no_hull(points, hull.shape[0])
     return hull
-
-
-def filter_size(n: int) -> tuple[int, int]:
-    """Sample size and number of bins that balance the cost of building the filter with what it lets through."""
-    size = int(4.0 * n**0.5)
-    return size, min(max(size // 4, 32), 2048)
 
 
 def _no_hull(points: np.ndarray, size: int) -> InputError:

@@ -105,6 +105,8 @@ def _to_array(points: Any) -> np.ndarray:
 def _tensor_to_array(tensor: Any) -> np.ndarray:
     if tensor.device.type != "cpu":
         raise InputError(f"Points must lie in CPU memory, but the tensor is on {tensor.device}; call .cpu() first.")
+    if "strided" not in str(tensor.layout):
+        raise InputError(f"Points must be a dense tensor, but the layout is {tensor.layout}; call .to_dense() first.")
     tensor = tensor.detach()
     if tensor.is_floating_point():
         # NumPy has no bfloat16; every floating dtype of a tensor converts to float64 exactly.
