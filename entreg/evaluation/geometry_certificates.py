@@ -229,3 +229,61 @@ def vertex_set_difference(exact: np.ndarray, claimed: np.ndarray) -> tuple[int, 
     exact_set, claimed_set = as_set(exact), as_set(claimed)
     shared = len(np.intersect1d(exact_set, claimed_set, assume_unique=True))
     return len(exact_set) - shared, len(claimed_set) - shared
+
+
+def canonical_indices(points: np.ndarray) -> np.ndarray:
+    """For each of ``(n, 2)`` points the first index with equal coordinates: ``(n,)`` int64."""
+    as_numbers = np.ascontiguousarray(points + 0.0).view(np.complex128).ravel()
+    _, first, inverse = np.unique(as_numbers, return_index=True, return_inverse=True)
+    return first[inverse.ravel()]
+
+
+def triangle_neighbors(points: np.ndarray, simplices: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Counter-clockwise corners and neighbours of triangles given in any orientation.
+
+    Returns:
+        ``(m, 3)`` corners and ``(m, 3)`` neighbours in :func:`delaunay_defect`'s convention, or None in place of the
+        neighbours when some directed edge occurs twice, that is, when triangles overlap.
+    """
+    n, m = len(points), len(simplices)
+    oriented = _counter_clockwise(points, np.ascontiguousarray(simplices, dtype=np.int64))
+    # Entry 3 t + k is the edge opposite corner k of triangle t.
+    tails, heads = np.roll(oriented, -1, axis=1).ravel(), np.roll(oriented, -2, axis=1).ravel()
+    forward, backward = tails * n + heads, heads * n + tails
+    order = np.argsort(forward, kind="stable")
+    if m == 0 or np.any(forward[order][1:] == forward[order][:-1]):
+        return oriented, None
+    position = np.minimum(np.searchsorted(forward, backward, sorter=order), 3 * m - 1)
+    match = order[position]
+    return oriented, np.where(forward[match] == backward, match // 3, -1).reshape(m, 3)
+
+
+@njit(cache=True, nogil=True)
+def _counter_clockwise(points: np.ndarray, simplices: np.ndarray) -> np.ndarray:
+    oriented = simplices.copy()
+    for t in range(oriented.shape[0]):
+        if _orient(points, oriented[t, 0], oriented[t, 1], oriented[t, 2]) < 0:
+            oriented[t, 1], oriented[t, 2] = oriented[t, 2], oriented[t, 1]
+    return oriented
+
+
+@njit(cache=True, nogil=True)
+def triangle_set_fingerprint(simplices: np.ndarray) -> tuple[int, np.uint64]:
+    """Number of triangles ``(m, 3)`` and a 64-bit hash of them as a set of sets.
+
+    Equal sets have equal fingerprints whatever the order of rows and corners; different ones differ but for a chance of
+    about 2**-64 (our choice: sorting millions of edges for every library would take longer than the benchmark).
+    """
+    total = np.uint64(0)
+    for t in range(simplices.shape[0]):
+        a, b, c = simplices[t, 0], simplices[t, 1], simplices[t, 2]
+        low, high = min(a, b, c), max(a, b, c)
+        state = np.uint64(0)
+        for corner in (low, a + b + c - low - high, high):
+            # SplitMix64's finaliser over a running state.
+            state = (state ^ np.uint64(corner)) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+        total += state
+    return simplices.shape[0], total

@@ -72,26 +72,36 @@ def interleaved_timings(
         )
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for round_index in range(warmup + repeats):
-        offset = round_index % len(names)
-        for name in names[offset:] + names[:offset]:
-            function, count = candidates[name], loops[name]
-            # A collection pause inside one candidate's turn would be charged to that candidate.
-            gc.collect()
-            gc_was_enabled = gc.isenabled()
-            gc.disable()
-            try:
-                if synchronize is not None:
-                    synchronize()
-                start = time.perf_counter()
-                for _ in range(count):
-                    function()
-                if synchronize is not None:
-                    synchronize()
-                elapsed = (time.perf_counter() - start) / count
-            finally:
-                if gc_was_enabled:
-                    gc.enable()
-            if round_index >= warmup:
-                seconds[name].append(elapsed)
+    # A full collection walks every object alive, a third of a second with torch loaded. What is alive now cannot
+    # become the candidates' garbage, so it is set aside for the while.
+    freezes = gc.get_freeze_count() == 0
+    if freezes:
+        gc.collect()
+        gc.freeze()
+    try:
+        for round_index in range(warmup + repeats):
+            offset = round_index % len(names)
+            for name in names[offset:] + names[:offset]:
+                function, count = candidates[name], loops[name]
+                # A collection pause inside one candidate's turn would be charged to that candidate.
+                gc.collect()
+                gc_was_enabled = gc.isenabled()
+                gc.disable()
+                try:
+                    if synchronize is not None:
+                        synchronize()
+                    start = time.perf_counter()
+                    for _ in range(count):
+                        function()
+                    if synchronize is not None:
+                        synchronize()
+                    elapsed = (time.perf_counter() - start) / count
+                finally:
+                    if gc_was_enabled:
+                        gc.enable()
+                if round_index >= warmup:
+                    seconds[name].append(elapsed)
+    finally:
+        if freezes:
+            gc.unfreeze()
     return {name: Timing(tuple(values)) for name, values in seconds.items()}

@@ -179,11 +179,11 @@ def aims_table(records: list[dict[str, Any]]) -> Table | None:
         ["problem", "input", "ratio", "aim", "measured", "at", "verdict"],
         rows,
         notes=[
-            f"{met} of {judged} aims met. At n = {LARGE:,} unless the ratio says worst size: then the smallest ratio over "
-            "all sizes that were run, and where it occurred.",
+            f"{met} of {judged} aims met. At n = {LARGE:,} unless the ratio says worst size: then the smallest ratio "
+            "over all sizes that were run, and where it occurred.",
             "Fastest library: of Qhull, GEOS (building its geometry included) and OpenCV (float32, conversion not "
-            "included) for the hull; of shull, sequential or parallel, and Triangle for the triangulation. Ours uses all "
-            "threads.",
+            "included) for the hull; of shull, sequential or parallel, and Triangle for the triangulation. Ours uses "
+            "all threads.",
             _TIMING_NOTE,
         ],
         align="llllrll",
@@ -351,7 +351,7 @@ def _sizes_table(bench: Bench, name: str, title: str, rivals: str) -> Table:
         row = bench.get(distribution, n, OURS)
         if not row.get("ratio_to_fastest_rival"):
             return NOT_RUN
-        text = f"{ratio(row['ratio_to_fastest_rival'])} {method_label(row['fastest_rival']).split()[0]}"
+        text = f"{ratio(row['ratio_to_fastest_rival'])} {method_label(row['fastest_rival']).split(' (')[0]}"
         return f"**{text}**" if row["ratio_to_fastest_rival"] < 1.0 else text
 
     rows = [[DISTRIBUTION_LABELS.get(d, d), *(cell(d, n) for n in bench.sizes)] for d in bench.distributions]
@@ -425,8 +425,8 @@ def exactness_table(records: list[dict[str, Any]]) -> Table | None:
             "Our results are certified before anything is timed: a hull is strictly convex with no point outside, a "
             "triangulation covers the hull and is locally Delaunay at every inner edge, all in exact arithmetic; the "
             "Pareto front equals numpy's. The others are compared with ours; where cocircular points leave a choice, a "
-            "different triangulation that passes the certificate counts as right. float32 methods are held to the exact "
-            "result for the rounded points.",
+            "different triangulation that passes the certificate counts as right. float32 methods are held to the "
+            "exact result for the rounded points.",
         ],
         align="lllrl",
         record_ids=used,

@@ -1,0 +1,257 @@
+"""The law: the convex hull's time is linear in n (1 + H), H the range-partition entropy of the input list.
+
+Three families of inputs sweep H from 0 to log n, each by another kind of structure: presorted order (k sorted runs of
+points in convex position), interior points (a shrinking share of points on the hull) and locality (k clusters in
+convex position). For each input the entropy is bounded from above by a partition that can be checked, the hull is
+timed on one thread, and a line is fitted to time against n (1 + H).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from entreg.entropy import hull_entropy
+from entreg.errors import ConfigError
+from entreg.evaluation.timing import Timing, interleaved_timings
+from entreg.geometry.convex_hull import convex_hull
+from entreg.geometry.generators import generate
+from entreg.records.record import new_record
+from entreg.records.statistics import linear_fit
+from entreg.records.store import RecordStore
+
+_SHORTEST_MEASUREMENT = 5e-3
+
+
+def convex_clusters(n: int, seed: int, clusters: int) -> np.ndarray:
+    """``n`` points in ``clusters`` small disks around equally spaced points of the unit circle, in random order.
+
+    The disks are so small that every cluster has points on the hull and that, but for its outer edge, a cluster fits
+    into a triangle inside the hull: the entropy is near log(clusters).
+
+    Returns:
+        ``(n, 2)`` float64.
+    """
+    rng = np.random.default_rng(seed)
+    spacing = 2.0 * np.pi / clusters
+    # A tenth of the arc's height above the chord to the neighbours keeps the disks in convex position.
+    radius = 0.1 * (1.0 - np.cos(min(spacing, np.pi / 2.0)))
+    angle = spacing * rng.permutation(np.arange(n) % clusters)
+    offset = radius * generate("disk", n, seed)
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1) + offset
+
+
+@dataclass(frozen=True)
+class LawFamily:
+    """Inputs of one kind.
+
+    Attributes:
+        parameter: what ``value`` means, for tables.
+        values: ``values(n, levels)``: the swept values, from low to high entropy.
+        points: ``points(n, seed, value)``: ``(n, 2)`` float64.
+        entropy: ``entropy(n, value)``: entropy in nats of the partition that the construction itself gives, or None
+            when it gives none in closed form.
+    """
+
+    parameter: str
+    values: Callable[[int, int], list[float]]
+    points: Callable[[int, int, float], np.ndarray]
+    entropy: Callable[[int, float], float | None]
+
+
+def _counts(n: int, levels: int) -> list[float]:
+    return sorted({round(n ** (level / (levels - 1))) for level in range(levels)})
+
+
+def _shares(n: int, levels: int) -> list[float]:
+    return [level / (levels - 1) for level in range(levels)]
+
+
+def _runs_entropy(n: int, runs: float) -> float:
+    bounds = np.linspace(0, n, int(runs) + 1).astype(np.int64)
+    return sum((b - a) / n * math.log(n / (b - a)) for a, b in itertools.pairwise(bounds.tolist()) if b > a)
+
+
+def _hull_fraction_entropy(n: int, fraction: float) -> float:
+    # Every point on the circle is a part of its own; the disk of half the radius is one part, since it is the
+    # inscribed circle of a triangle in the unit circle.
+    outer = min(n, max(3, round(fraction * n)))
+    inner = n - outer
+    return outer / n * math.log(n) + (inner / n * math.log(n / inner) if inner else 0.0)
+
+
+LAW_FAMILIES: dict[str, LawFamily] = {
+    "sorted_runs": LawFamily(
+        parameter="sorted runs",
+        values=_counts,
+        points=lambda n, seed, value: generate("sorted_runs", n, seed, runs=int(value)),
+        entropy=_runs_entropy,
+    ),
+    "hull_fraction": LawFamily(
+        parameter="share of points on the hull",
+        values=_shares,
+        points=lambda n, seed, value: generate("hull_fraction", n, seed, fraction=value),
+        entropy=_hull_fraction_entropy,
+    ),
+    "clusters": LawFamily(
+        parameter="clusters in convex position",
+        values=_counts,
+        points=lambda n, seed, value: convex_clusters(n, seed, int(value)),
+        entropy=lambda n, value: None,
+    ),
+}
+"""Name to family of inputs."""
+
+
+def _measure(points: np.ndarray, repeats: int) -> Timing:
+    def hull() -> np.ndarray:
+        return convex_hull(points, threads=1)
+
+    start = time.perf_counter()
+    hull()
+    loops = max(1, math.ceil(_SHORTEST_MEASUREMENT / (time.perf_counter() - start)))
+    return interleaved_timings({"entreg": hull}, repeats=repeats, warmup=1, inner_loops=loops)["entreg"]
+
+
+def law_rows(family: str, sizes: Sequence[int], levels: int, seed: int, repeats: int) -> list[dict[str, object]]:
+    """Entropy bounds and times over one family.
+
+    Returns:
+        One row per size and level: ``family, n, parameter, value, entropy`` (the smaller of the two upper bounds, in
+        nats), ``entropy_upper`` and ``entropy_lower`` (of :func:`entreg.entropy.hull_entropy`), ``entropy_family``
+        (of the construction, or None), ``work`` = n (1 + entropy), ``hull_vertices``, ``seconds_median``,
+        ``seconds_min``, ``seconds_max``, ``repeats``, ``threads``.
+    """
+    rows = []
+    law = LAW_FAMILIES[family]
+    for n in sizes:
+        for value in law.values(n, levels):
+            points = law.points(n, seed, value)
+            bounds = hull_entropy(points)
+            from_construction = law.entropy(n, value)
+            candidates = [bounds.upper] if from_construction is None else [bounds.upper, from_construction]
+            timing = _measure(points, repeats)
+            rows.append(
+                {
+                    "family": family,
+                    "n": n,
+                    "parameter": law.parameter,
+                    "value": value,
+                    "entropy": min(candidates),
+                    "entropy_upper": bounds.upper,
+                    "entropy_lower": bounds.lower,
+                    "entropy_family": from_construction,
+                    "work": n * (1.0 + min(candidates)),
+                    "hull_vertices": len(convex_hull(points, threads=1)),
+                    "seconds_median": timing.median,
+                    "seconds_min": timing.minimum,
+                    "seconds_max": timing.maximum,
+                    "repeats": repeats,
+                    "threads": 1,
+                }
+            )
+    return rows
+
+
+def fit_law(rows: Sequence[Mapping[str, object]]) -> dict[str, float]:
+    """Least-squares line of seconds against n (1 + H), and what n log n alone would explain.
+
+    Args:
+        rows: as from :func:`law_rows`, of one family or several.
+
+    Returns:
+        ``nanoseconds_per_unit`` (slope), ``intercept_seconds``, ``r_squared``, ``r_squared_n_log_n`` (the same fit
+        against n log n, which knows nothing of the entropy; None when all sizes are equal), ``count``.
+    """
+    seconds = [row["seconds_median"] for row in rows]
+    fit = linear_fit([row["work"] for row in rows], seconds)
+    sizes = [row["n"] for row in rows]
+    blind = linear_fit([n * math.log(n) for n in sizes], seconds).r_squared if len(set(sizes)) > 1 else None
+    return {
+        "nanoseconds_per_unit": 1e9 * fit.slope,
+        "intercept_seconds": fit.intercept,
+        "r_squared": fit.r_squared,
+        "r_squared_n_log_n": blind,
+        "count": fit.count,
+    }
+
+
+def run_entropy_law(
+    *,
+    families: Sequence[str],
+    sizes: Sequence[int],
+    levels: int,
+    profile: Mapping[str, object],
+    store: str | Path,
+    command: str,
+    force: bool = False,
+) -> list[Path]:
+    """Sweep the entropy in every family and save one record per family.
+
+    Its metrics are the fits over all sizes and at each size alone, where n itself explains nothing.
+
+    Args:
+        families: keys of :data:`LAW_FAMILIES`.
+        sizes: numbers of points; those above the profile's ``max_points`` are left out.
+        levels: inputs per family and size, at least 3.
+        profile: the configuration group ``profile`` (``name``, ``max_points``, ``repeats``, ``seeds``).
+        store: folder of the records.
+        command: what to type to repeat the run.
+        force: run again what has a record already.
+
+    Returns:
+        The records' files, in the order of ``families``.
+
+    Raises:
+        ConfigError: unknown family, fewer than three levels, or no size within the profile's limit.
+    """
+    unknown = [name for name in families if name not in LAW_FAMILIES]
+    if unknown:
+        raise ConfigError(f"unknown family '{unknown[0]}', known are {', '.join(LAW_FAMILIES)}")
+    sizes = sorted(n for n in sizes if n <= profile["max_points"])
+    if levels < 3 or not sizes or sizes[0] < 10:
+        raise ConfigError(
+            f"levels must be at least 3, and sizes need a value from 10 to max_points = {profile['max_points']}"
+        )
+    records = RecordStore(store)
+    seed, repeats = profile["seeds"][0], profile["repeats"]
+    paths = []
+    for family in tqdm(families, desc="entropy law", disable=None):
+        config = {
+            "family": family,
+            "sizes": sizes,
+            "levels": levels,
+            "repeats": repeats,
+            "seed": seed,
+            "profile": profile["name"],
+        }
+        experiment = f"benchmark/entropy_law/{family}"
+        if not force and records.find(experiment, config) is not None:
+            paths.append(records.path_for(experiment, config))
+            continue
+        start = time.perf_counter()
+        rows = law_rows(family, sizes, levels, seed, repeats)
+        record = new_record(
+            experiment=experiment,
+            scale=profile["name"],
+            config=config,
+            command=command,
+            dataset={"name": family, "sizes": sizes, "seed": seed},
+            seed=seed,
+            repeats=repeats,
+            metrics={
+                "all_sizes": fit_law(rows),
+                **{f"n = {n}": fit_law([row for row in rows if row["n"] == n]) for n in sizes},
+            },
+            rows=rows,
+            wall_seconds=time.perf_counter() - start,
+        )
+        paths.append(records.save(record))
+    return paths

@@ -1,0 +1,45 @@
+"""Run benchmarks, save their records and print their tables.
+
+python scripts/benchmark.py                                     every benchmark of the geometry package
+python scripts/benchmark.py benchmark=geometry_hull             one of configs/benchmark
+python scripts/benchmark.py profile=smoke store=outputs/smoke   in seconds
+python scripts/benchmark.py store=results/runs                  into the reference records; only missing ones are run
+"""
+
+from hydra.utils import get_method
+from omegaconf import DictConfig, OmegaConf
+
+from entreg.cli import command_line, hydra_main
+from entreg.records.registry import discover
+from entreg.records.store import RecordStore
+from entreg.records.tables import table_registry
+
+
+@hydra_main("benchmark")
+def main(config: DictConfig) -> None:
+    settings = OmegaConf.to_container(config, resolve=True)
+    chosen = settings["benchmark"]
+    benchmarks = [chosen] if "_target_" in chosen else list(chosen.values())
+    common = {"profile": settings["profile"], "store": settings["store"], "force": settings["force"]}
+    records = RecordStore(settings["store"])
+    saved = set()
+    for benchmark in benchmarks:
+        run = get_method(benchmark.pop("_target_"))
+        for path in run(**benchmark, **common, command=command_line()):
+            print(f"record: {path}")
+            saved.add(path.name)
+    print_tables([r for r in records.load_all() if records.path_for(r["experiment"], r["config"]).name in saved])
+
+
+def print_tables(records: list[dict]) -> None:
+    """Every registered table that these records fill, as text."""
+    discover()
+    for entry in table_registry.entries():
+        selected = entry.select(records)
+        table = entry.function(selected) if selected else None
+        if table is not None:
+            print(f"\n{table.to_text()}")
+
+
+if __name__ == "__main__":
+    main()
