@@ -263,4 +263,5 @@ def _excess(name: str, entropy: Tensor, floor: float | Sequence[float] | Tensor 
             f"the floor of term {name!r}, of shape {tuple(limit.shape)}, must broadcast against its entropies, "
             f"{tuple(entropy.shape)}"
         )
-    return (entropy - limit).clamp_min(0.0)
+    # relu, not clamp: no gradient where the entropy equals the floor.
+    return torch.relu(entropy - limit)

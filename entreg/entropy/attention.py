@@ -193,7 +193,7 @@ def attention_key_entropy(
         moments = _sum_over_rows(q, k, rows, _received_and_square, scale, chunk_size)
         received, square = moments.unbind(0)
         # Population rows N, sampled r: Var(mean) = (1 - r/N) s^2 / r with s^2 the sample variance.
-        factor = (1.0 - rows.counted / rows.population) / (rows.counted - 1).clamp_min(1)
+        factor = (1.0 - rows.counted.double() / rows.population) / (rows.counted - 1).clamp_min(1)
         variance = factor.to(received).unsqueeze(-1) * (square - received.square()).clamp_min(0.0)
         ratio = variance / received.clamp_min(torch.finfo(received.dtype).tiny)
         result = entropy_of_masses(received) + 0.5 * ratio.sum(-1)
@@ -296,7 +296,7 @@ def _select_rows(
 
     return _Rows(
         indices=None if indices is None else indices.to(q.device),
-        weights=(counts / counted).unsqueeze(1).to(q.device),
+        weights=(counts.double() / counted).unsqueeze(1).to(q.device),
         lengths=lengths.unsqueeze(1).to(q.device),
         counted=counted,
         population=population,
