@@ -107,7 +107,7 @@ def is_inside(exact, left, right, c, d):
                 if c_exact and d_exact:
                     if dot_c == dot_d and dot_c_low == dot_d_low and cross_c == cross_d and cross_c_low == cross_d_low:
                         return False
-                    if dot_c == 0.0 and dot_d == 0.0:
+                    if dot_c == dot_c_low == dot_d == dot_d_low == 0.0:
                         return False
                     plain = _has_plain_error(dot_d, cross_c, first) and _has_plain_error(dot_c, cross_d, second)
                     if plain and dot_c_low == dot_d_low == cross_c_low == cross_d_low == 0.0:
