@@ -149,7 +149,11 @@ def _choose_apex(scaled, hull, i, j, order, start, stop):
 @njit(cache=True, nogil=True)
 def _beyond(points, a, b, p):
     """Whether point p lies strictly beyond the chord from a to b, on the side away from the hull's inside."""
-    return orient2d(points[a, 0], points[a, 1], points[b, 0], points[b, 1], points[p, 0], points[p, 1]) < 0
+    ax, ay, bx, by, px, py = points[a, 0], points[a, 1], points[b, 0], points[b, 1], points[p, 0], points[p, 1]
+    # Copies of the chord's ends are common, and would take the predicate's slow path.
+    if (px == ax and py == ay) or (px == bx and py == by):
+        return False
+    return orient2d(ax, ay, bx, by, px, py) < 0
 
 
 @njit(cache=True, nogil=True)
