@@ -198,8 +198,10 @@ def test_a_run_skips_interior_points() -> None:
 
 def test_one_million_points() -> None:
     n = 1_000_000
-    assert enclosed(generate("square", n, 0)).upper < 1
-    assert enclosed(generate("circle", n, 0)).lower > 0.9 * math.log(n)
+    square = hull_entropy(generate("square", n, 0))
+    assert 0.9 * math.log(2) < square.lower <= square.upper < 1.1 * math.log(2)
+    circle = hull_entropy(generate("circle", n, 0))
+    assert 0.9 * math.log(n) < circle.lower <= circle.upper < circle.lower + 0.1
 
 
 def test_every_violation_is_named() -> None:
