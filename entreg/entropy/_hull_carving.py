@@ -42,7 +42,7 @@ def carve(points: np.ndarray, scaled: np.ndarray, hull: np.ndarray) -> Carving:
     A root triangle between three hull vertices leaves three caps; each cap, cut off by a chord, is split by an apex
     among its hull vertices into a triangle and two smaller caps. Apexes are chosen on a sample so that few, large
     triangles take most points; membership is decided by the exact predicate, points on a chord stay on the inner
-    side. Expected cost O(n (1 + H)) predicate calls.
+    side. Each step either captures a fair share of its points (on the sample) or halves the cap's hull vertices.
 
     Args:
         points: ``(n, 2)`` finite float64, not all collinear.
