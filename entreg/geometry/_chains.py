@@ -129,6 +129,9 @@ def _turn(records, a, b, c):
 def hull_of_candidates(points, candidates, everything):
     """Hull of a set small enough for one thread.
 
+    The extreme points in eight directions span an octagon; what lies in it is dropped, at first by comparisons with
+    a rectangle inside the octagon, then by exact tests against its edges. The rest is sorted and scanned.
+
     Args:
         points: ``(n, 2)`` floats.
         candidates: Indices into ``points``; not read when ``everything`` is true, then all points are meant.
@@ -136,60 +139,162 @@ def hull_of_candidates(points, candidates, everything):
 
     Returns:
         Indices of the strict hull vertices, counter-clockwise from the first; fewer than three when the points are
-        collinear, or none when a coordinate is not finite.
+        collinear (one when all are equal), or none when a coordinate is not finite.
     """
     count = points.shape[0] if everything else candidates.shape[0]
-    first, last = find_ends(points, candidates, everything, 0, count)
-    if first < 0:
+    # Rows for both sides' points (lower from the front, upper from the back), their two ends, and two polylines.
+    records = np.empty((count + 14, 3))
+    lower_line = records[count + 4 : count + 9]
+    upper_line = records[count + 9 : count + 14]
+    low_x, high_x, low_y, high_y = _octagon(points, candidates, everything, count, lower_line, upper_line)
+    if not (abs(low_x) < np.inf):
         return np.empty(0, np.int64)
-    first_x = np.float64(points[first, 0])
-    first_y = np.float64(points[first, 1])
-    last_x = np.float64(points[last, 0])
-    last_y = np.float64(points[last, 1])
-    # Lower side from the front, upper side from the back; the last four rows hold the ends for both sides.
-    records = np.empty((count + 4, 3))
+    first_x, first_y, first = lower_line[0]
+    last_x, last_y, last = lower_line[4]
+    lower_size = _close_polyline(lower_line)
+    upper_size = _close_polyline(upper_line)
     lower = 0
     upper = count
     for k in range(count):
         index = k if everything else candidates[k]
         x = np.float64(points[index, 0])
         y = np.float64(points[index, 1])
-        side = orient2d(first_x, first_y, last_x, last_y, x, y)
-        if side < 0:
-            records[lower, 0] = x
-            records[lower, 1] = y
-            records[lower, 2] = index
-            lower += 1
-        elif side > 0:
+        if (low_x < x) & (x < high_x) & (low_y < y) & (y < high_y):
+            continue
+        if _side_of_polyline(lower_line, lower_size, x, y) <= 0:
+            if not ((x == first_x and y == first_y) or (x == last_x and y == last_y)):
+                records[lower, 0] = x
+                records[lower, 1] = y
+                records[lower, 2] = index
+                lower += 1
+        elif _side_of_polyline(upper_line, upper_size, x, -y) <= 0:
             upper -= 1
             records[upper, 0] = x
             records[upper, 1] = -y
             records[upper, 2] = index
-    if lower == 0 and upper == count:
-        return np.empty(1 if first == last else 2, np.int64)
+    sort_by_x(records[:lower])
+    sort_by_x(records[upper:count])
+    bounds = np.empty((4, 3), np.int64)
     for side in range(2):
-        y_sign = 1.0 - 2.0 * side
-        records[count + 2 * side, 0] = first_x
-        records[count + 2 * side, 1] = y_sign * first_y
-        records[count + 2 * side, 2] = first
-        records[count + 2 * side + 1, 0] = last_x
-        records[count + 2 * side + 1, 1] = y_sign * last_y
-        records[count + 2 * side + 1, 2] = last
-    scratch = np.empty((max(lower, count - upper), 3))
-    sort_by_x(records[:lower], scratch)
-    sort_by_x(records[upper:count], scratch)
-    begins = np.empty((2, 3), np.int64)
-    ends = np.empty((2, 3), np.int64)
-    for side in range(2):
-        begin = upper if side else 0
-        begins[side, 0] = count + 2 * side
-        begins[side, 1] = begin
-        ends[side, 1] = begin + chain_in_place(records[begin : count if side else lower])
-        begins[side, 2] = count + 2 * side + 1
-        ends[side, 0] = begins[side, 0] + 1
-        ends[side, 2] = begins[side, 2] + 1
-        join_chains(records, begins[side], ends[side])
-    return hull_from_chains(records, begins[0], ends[0], begins[1], ends[1])
+        row = count + 2 * side
+        records[row, 0] = first_x
+        records[row, 1] = -first_y if side else first_y
+        records[row, 2] = first
+        records[row + 1, 0] = last_x
+        records[row + 1, 1] = -last_y if side else last_y
+        records[row + 1, 2] = last
+        begins = bounds[2 * side]
+        ends = bounds[2 * side + 1]
+        begins[0] = row
+        begins[1] = upper if side else 0
+        begins[2] = row + 1
+        ends[0] = row + 1
+        ends[1] = begins[1] + chain_in_place(records[begins[1] : count if side else lower])
+        ends[2] = row + 2
+        join_chains(records, begins, ends)
+    if first == last:
+        return np.empty(1, np.int64)
+    return hull_from_chains(records, bounds[0], bounds[1], bounds[2], bounds[3])
+
+
+@njit(cache=True, nogil=True)
+def _octagon(points, candidates, everything, count, lower_line, upper_line):
+    """Extreme points in the directions of the axes and diagonals.
+
+    They are written as records, from the first point to the last, to ``lower_line`` (first, least x + y, least y,
+    greatest x - y, last) and, with y negated, to ``upper_line``. The sums may be rounded: what matters is only that
+    the records are points of the input.
+
+    Returns:
+        An open rectangle ``(low x, high x, low y, high y)``, possibly empty, of points that are no hull vertices: at
+        every x in it the segment between the two lower corner points is not above it, and that between the two upper
+        ones not below it. The first is NaN when a coordinate is not finite.
+    """
+    first = candidates[0] if not everything else 0
+    last = bottom = top = south_west = south_east = north_west = north_east = first
+    first_x = last_x = np.float64(points[first, 0])
+    first_y = last_y = low = high = np.float64(points[first, 1])
+    least_sum = greatest_sum = first_x + first_y
+    least_difference = greatest_difference = first_x - first_y
+    undefined = False
+    for k in range(count):
+        index = k if everything else candidates[k]
+        x = np.float64(points[index, 0])
+        y = np.float64(points[index, 1])
+        total = x + y
+        difference = x - y
+        # Infinite coordinates show in the extremes, NaN only here; two finite numbers never add up to NaN.
+        undefined |= total != total
+        if x <= first_x and (x < first_x or y < first_y or (y == first_y and index < first)):
+            first, first_x, first_y = index, x, y
+        if x >= last_x and (x > last_x or y > last_y or (y == last_y and index < last)):
+            last, last_x, last_y = index, x, y
+        if y < low:
+            bottom, low = index, y
+        if y > high:
+            top, high = index, y
+        if total < least_sum:
+            south_west, least_sum = index, total
+        if total > greatest_sum:
+            north_east, greatest_sum = index, total
+        if difference < least_difference:
+            north_west, least_difference = index, difference
+        if difference > greatest_difference:
+            south_east, greatest_difference = index, difference
+    if undefined or not (max(max(-first_x, last_x), max(-low, high)) < np.inf):
+        return np.nan, np.nan, np.nan, np.nan
+    _write_record(lower_line[0], points, first, 1.0)
+    _write_record(lower_line[1], points, south_west, 1.0)
+    _write_record(lower_line[2], points, bottom, 1.0)
+    _write_record(lower_line[3], points, south_east, 1.0)
+    _write_record(lower_line[4], points, last, 1.0)
+    _write_record(upper_line[0], points, first, -1.0)
+    _write_record(upper_line[1], points, north_west, -1.0)
+    _write_record(upper_line[2], points, top, -1.0)
+    _write_record(upper_line[3], points, north_east, -1.0)
+    _write_record(upper_line[4], points, last, -1.0)
+    return (
+        max(lower_line[1, 0], upper_line[1, 0]),
+        min(lower_line[3, 0], upper_line[3, 0]),
+        max(lower_line[1, 1], lower_line[3, 1]),
+        -max(upper_line[1, 1], upper_line[3, 1]),
+    )
+
+
+@njit(cache=True, nogil=True)
+def _write_record(row, points, index, y_sign):
+    row[0] = points[index, 0]
+    row[1] = y_sign * points[index, 1]
+    row[2] = index
+
+
+@njit(cache=True, nogil=True)
+def _close_polyline(line):
+    """Keep of the five records those that make the polyline from first to last convex from below; returns their number.
+
+    Every point of the polyline is then on or below the line through its ends, so what is strictly above that line is
+    strictly above the polyline.
+    """
+    size = 1
+    for k in range(1, 4):
+        if line[size - 1, 0] < line[k, 0] < line[4, 0]:
+            while size > 1 and _turn(line, size - 2, size - 1, k) <= 0:
+                size -= 1
+            line[size] = line[k]
+            size += 1
+    while size > 1 and _turn(line, size - 2, size - 1, 4) <= 0:
+        size -= 1
+    line[size] = line[4]
+    return size + 1
+
+
+@njit(cache=True, nogil=True)
+def _side_of_polyline(line, size, x, y):
+    """Sign of the height of (x, y) above the polyline's edge at x (exact)."""
+    k = 1
+    while k < size - 1 and line[k, 0] <= x:
+        k += 1
+    return orient2d(line[k - 1, 0], line[k - 1, 1], line[k, 0], line[k, 1], x, y)
 
 
 @njit(cache=True, nogil=True)

@@ -58,15 +58,11 @@ def fill_slabs(points, candidates, everything, slabs, start, stop, labels, posit
 @njit(cache=True, nogil=True)
 def chain_slabs(records, slab_starts, begin, end):
     """Chain of consecutive slabs ``begin..end`` of one side, written to the front of their rows; returns its size."""
-    largest = 0
-    for slab in range(begin, end):
-        largest = max(largest, slab_starts[slab + 1] - slab_starts[slab])
-    scratch = np.empty((largest, 3))
     chain = records[slab_starts[begin] : slab_starts[end]]
     size = 0
     for slab in range(begin, end):
         slab_records = records[slab_starts[slab] : slab_starts[slab + 1]]
-        sort_by_x(slab_records, scratch)
+        sort_by_x(slab_records)
         for k in range(slab_records.shape[0]):
             size = extend_chain(chain, size, slab_records[k, 0], slab_records[k, 1], slab_records[k, 2])
     return size

@@ -14,12 +14,11 @@ _SMALLEST_NORMAL = 2.0**-1000
 
 
 @njit(cache=True, nogil=True)
-def sort_by_x(records, scratch):
+def sort_by_x(records):
     """Sort ``records`` by x in place, in linear time when x is already monotone or spread without heavy clustering.
 
     Args:
         records: ``(m, 3)`` float64 with finite x.
-        scratch: ``(m, 3)`` or larger, overwritten.
     """
     m = records.shape[0]
     if m <= _SMALL:
@@ -41,6 +40,7 @@ def sort_by_x(records, scratch):
     if ascents == 0:
         _reverse(records)
         return
+    scratch = np.empty((m, 3))
     scale = m / (high - low)
     if not (_SMALLEST_NORMAL < scale < 1.0 / _SMALLEST_NORMAL):
         _merge_sort(records, scratch)

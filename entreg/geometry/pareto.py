@@ -151,7 +151,7 @@ def _front_records(points, candidates, everything, start, stop):
         records[k - start, 2] = index
     if not finite:
         return records[:0]
-    sort_by_x(records, np.empty_like(records))
+    sort_by_x(records)
     # From the left, the records above everything that follows them form a stack with decreasing y.
     size = 0
     for k in range(stop - start):

@@ -22,6 +22,11 @@ _INCIRCLE_BOUND = (10.0 + 96.0 * _UNIT_ROUNDOFF) * _UNIT_ROUNDOFF
 _ORIENT_MARGIN = 2.0**-1020
 _INCIRCLE_MARGIN = 2.0**-1000
 
+# Between these magnitudes products of two factors, and the parts of such products, are normal numbers.
+_SMALLEST_FACTOR = 2.0**-400
+_LARGEST_FACTOR = 2.0**400
+_SPLITTER = 2.0**27 + 1.0
+
 _LIMB_BITS = 32
 _LIMB_MASK = np.uint64(0xFFFFFFFF)
 _LIMB_SHIFT = np.uint64(32)
@@ -89,6 +94,62 @@ def incircle(ax, ay, bx, by, cx, cy, dx, dy):
 @njit(cache=True, nogil=True)
 def orient2d_exact(ax, ay, bx, by, cx, cy):
     """The same as :func:`orient2d` without the floating-point filter."""
+    acx = ax - cx
+    acy = ay - cy
+    bcx = bx - cx
+    bcy = by - cy
+    # Differences are rounded, but their signs never are.
+    left_sign = _sign(acx) * _sign(bcy)
+    right_sign = _sign(acy) * _sign(bcx)
+    if left_sign != right_sign or left_sign == 0:
+        return _sign(left_sign - right_sign)
+    if (
+        _is_exact_difference(acx, ax, cx)
+        and _is_exact_difference(acy, ay, cy)
+        and _is_exact_difference(bcx, bx, cx)
+        and _is_exact_difference(bcy, by, cy)
+    ):
+        # The determinant is a difference of two products, and rounding the products keeps their order.
+        left = acx * bcy
+        right = acy * bcx
+        if left != right:
+            return 1 if left > right else -1
+        left_error = _product_error(acx, bcy, left)
+        right_error = _product_error(acy, bcx, right)
+        return _sign(left_error - right_error)
+    return _orient2d_integers(ax, ay, bx, by, cx, cy)
+
+
+@njit(cache=True, nogil=True)
+def _sign(value):
+    return (1 if value > 0 else 0) - (1 if value < 0 else 0)
+
+
+@njit(cache=True, nogil=True)
+def _is_exact_difference(difference, a, b):
+    """Whether ``difference = a - b`` is exact, and of a magnitude at which its products neither over- nor underflow."""
+    if not (_SMALLEST_FACTOR < abs(difference) < _LARGEST_FACTOR):
+        return False
+    # Knuth's two-difference: the rounding error of a - b.
+    b_virtual = a - difference
+    a_virtual = difference + b_virtual
+    return (b_virtual - b) + (a - a_virtual) == 0.0
+
+
+@njit(cache=True, nogil=True)
+def _product_error(a, b, product):
+    """The exact a * b - product (Dekker), for factors accepted by :func:`_is_exact_difference`."""
+    a_high = _SPLITTER * a
+    a_high = a_high - (a_high - a)
+    b_high = _SPLITTER * b
+    b_high = b_high - (b_high - b)
+    a_low = a - a_high
+    b_low = b - b_high
+    return a_low * b_low - (((product - a_high * b_high) - a_low * b_high) - a_high * b_low)
+
+
+@njit(cache=True, nogil=True)
+def _orient2d_integers(ax, ay, bx, by, cx, cy):
     coordinates = np.empty(6, np.float64)
     coordinates[0] = ax
     coordinates[1] = ay
@@ -103,7 +164,7 @@ def orient2d_exact(ax, ay, bx, by, cx, cy):
         determinant = (mantissas[0] - mantissas[4]) * (mantissas[3] - mantissas[5]) - (mantissas[1] - mantissas[5]) * (
             mantissas[2] - mantissas[4]
         )
-        return (1 if determinant > 0 else 0) - (1 if determinant < 0 else 0)
+        return _sign(determinant)
     # |difference| < 2**(width + 1), so |determinant| < 2**(2 * width + 3); one more bit for the sign.
     limbs = (2 * width + 3) // _LIMB_BITS + 1
     fixed = np.zeros((8, limbs), np.uint64)
@@ -115,7 +176,7 @@ def orient2d_exact(ax, ay, bx, by, cx, cy):
     _multiply_add(fixed[6], fixed[0], fixed[3])
     _multiply_add(fixed[7], fixed[1], fixed[2])
     _subtract(fixed[6], fixed[6], fixed[7])
-    return _sign(fixed[6])
+    return _limbs_sign(fixed[6])
 
 
 @njit(cache=True, nogil=True)
@@ -145,7 +206,7 @@ def incircle_exact(ax, ay, bx, by, cx, cy, dx, dy):
             + (bdx * bdx + bdy * bdy) * (cdx * ady - adx * cdy)
             + (cdx * cdx + cdy * cdy) * (adx * bdy - bdx * ady)
         )
-        return (1 if determinant > 0 else 0) - (1 if determinant < 0 else 0)
+        return _sign(determinant)
     # |difference| < 2**(width + 1); each of the three products of a lift and a minor is below 2**(4 * width + 6),
     # so |determinant| < 2**(4 * width + 8); one more bit for the sign.
     limbs = (4 * width + 8) // _LIMB_BITS + 1
@@ -169,7 +230,7 @@ def incircle_exact(ax, ay, bx, by, cx, cy, dx, dy):
         _multiply_add(fixed[10], fixed[2 * last], fixed[2 * following + 1])
         _subtract(minor, fixed[9], fixed[10])
         _multiply_add(determinant_limbs, lift, minor)
-    return _sign(determinant_limbs)
+    return _limbs_sign(determinant_limbs)
 
 
 @njit(cache=True, nogil=True)
@@ -251,7 +312,7 @@ def _multiply_add(out, a, b):
 
 
 @njit(cache=True, nogil=True)
-def _sign(a):
+def _limbs_sign(a):
     if a[a.shape[0] - 1] >> np.uint64(_LIMB_BITS - 1) != _ZERO:
         return -1
     for k in range(a.shape[0]):

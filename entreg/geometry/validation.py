@@ -7,6 +7,8 @@ from numba import njit
 
 from entreg.errors import InputError
 
+_FLOAT64 = np.dtype(np.float64)
+
 
 def as_points(points: Any, minimum: int = 1) -> np.ndarray:
     """Return ``points`` as a C-contiguous, aligned float64 array of shape ``(n, 2)`` with the same values.
@@ -26,6 +28,10 @@ def as_points(points: Any, minimum: int = 1) -> np.ndarray:
     Raises:
         InputError: Wrong shape, too few rows, or values that are not real numbers representable in float64.
     """
+    if type(points) is np.ndarray and points.dtype is _FLOAT64 and points.ndim == 2 and points.flags.carray:
+        rows, columns = points.shape
+        if columns == 2 and rows >= minimum:
+            return points
     array = points if type(points) is np.ndarray else _to_array(points)
     if array.ndim != 2 or array.shape[1] != 2:
         raise InputError(f"Points must have shape (n, 2), but the shape is {array.shape}.")
