@@ -349,16 +349,9 @@ def _sum_over_rows(
     factor = 1.0 / math.sqrt(width) if scale is None else float(scale)
     size = chunk_size or max(1, _CHUNK_ELEMENTS // (batch * heads * m))
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
-    count = rows.weights.shape[-1]
 
-    def part(q: Tensor, k: Tensor, chunk: slice) -> Tensor:
-        if rows.indices is None:
-            chosen = q[:, :, chunk]
-        elif len(rows.indices) == 1:
-            chosen = q.index_select(2, rows.indices[0, chunk])
-        else:
-            index = rows.indices[:, None, chunk, None]
-            chosen = q.gather(2, index.expand(-1, heads, -1, width))
+    def part(chosen: Tensor, k: Tensor, start: int) -> Tensor:
+        chunk = slice(start, start + chosen.shape[2])
         # The query heads that share a key head become more rows of one product, so that keys are never repeated.
         # Rows are scaled, not logits: there are fewer of them.
         grouped = (chosen.to(dtype) * factor).reshape(batch, key_heads, -1, width)
@@ -369,15 +362,20 @@ def _sum_over_rows(
         return summed(logits, rows.weights[..., chunk], rows.lengths[..., chunk])
 
     with torch.autocast(q.device.type, enabled=False):
-        if count <= size:
-            return part(q, k, slice(0, count))
+        if rows.indices is None:
+            chosen = q
+        elif len(rows.indices) == 1:
+            chosen = q.index_select(2, rows.indices[0])
+        else:
+            chosen = q.gather(2, rows.indices[:, None, :, None].expand(-1, heads, -1, width))
+        # One split, not a slice per chunk: the gradient of every slice would be as large as q.
+        chunks = chosen.split(size, dim=2)
         total = None
-        for start in range(0, count, size):
-            chunk = slice(start, min(start + size, count))
-            if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-                value = checkpoint(part, q, k, chunk, use_reentrant=False, preserve_rng_state=False)
+        for index, chunk in enumerate(chunks):
+            if len(chunks) > 1 and torch.is_grad_enabled():
+                value = checkpoint(part, chunk, k, index * size, use_reentrant=False, preserve_rng_state=False)
             else:
-                value = part(q, k, chunk)
+                value = part(chunk, k, index * size)
             total = value if total is None else total + value
         return total
 

@@ -96,7 +96,7 @@ class BallEntropy(SoftPartitionEntropy):
     def _scale(self, points: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
         (anchors,) = parameters
         variance, mean = population_variance(
-            lambda: (chunk.to(anchors.dtype) for chunk, _ in self._chunks(points)), points.shape[-2], (-2, -1)
+            lambda: (chunk.to(anchors.dtype) for chunk in self._chunks(points)), points.shape[-2], (-2, -1)
         )
         precision = torch.finfo(anchors.dtype)
         magnitude = mean.square().sum(-1) + anchors.square().sum(-1).amax()

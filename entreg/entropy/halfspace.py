@@ -112,7 +112,7 @@ class HalfspaceEntropy(SoftPartitionEntropy):
     def _scale(self, points: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
         normals, offsets = parameters
         variance, mean = population_variance(
-            lambda: (chunk.to(normals.dtype) @ normals.t() for chunk, _ in self._chunks(points)),
+            lambda: (chunk.to(normals.dtype) @ normals.t() for chunk in self._chunks(points)),
             points.shape[-2],
             (-2,),
         )

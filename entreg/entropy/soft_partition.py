@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -218,8 +218,9 @@ class SoftPartitionEntropy(nn.Module, ABC):
                 scale = self._scale(points, parameters)
                 sharpness = self._sharpness / scale
             total = None
-            for chunk, is_only_one in self._chunks(points):
-                if is_only_one or not torch.is_grad_enabled():
+            chunks = self._chunks(points)
+            for chunk in chunks:
+                if len(chunks) == 1 or not torch.is_grad_enabled():
                     part = self._mass_sum(chunk, sharpness, parameters)
                 else:
                     part = checkpoint(
@@ -233,10 +234,9 @@ class SoftPartitionEntropy(nn.Module, ABC):
                 total = part if total is None else total + part
             return total / points.shape[-2], scale
 
-    def _chunks(self, points: Tensor) -> Iterator[tuple[Tensor, bool]]:
-        count = points.shape[-2]
-        for start in range(0, count, self.chunk_size):
-            yield points.narrow(-2, start, min(self.chunk_size, count - start)), count <= self.chunk_size
+    def _chunks(self, points: Tensor) -> tuple[Tensor, ...]:
+        # One split, not a slice per chunk: the gradient of every slice would be as large as all the points.
+        return points.split(self.chunk_size, dim=-2)
 
     def _computation_dtype(self, points: Tensor) -> torch.dtype:
         dtype = torch.float32

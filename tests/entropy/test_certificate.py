@@ -141,3 +141,44 @@ def test_certify_covers_rounding_where_the_margins_say_zero():
     masses = torch.full((3,), 1 / 3, dtype=torch.float64)
     certificate = certify(masses, masses, torch.zeros((), dtype=torch.float64), count=1000)
     assert 0 < certificate.bound.item() < 1e-9
+
+
+def certified_on_near_ties(module, data, exact_counts) -> int:
+    """Checks the guarantee on sets whose hard partition float64 cannot tell; returns how many it got wrong."""
+    certificate = module.certificate(data)
+    wrong = 0
+    for index, counts in enumerate(exact_counts):
+        hard = partition_entropy(counts)
+        assert abs(certificate.soft[index].item() - hard) <= certificate.bound[index].item()
+        wrong += abs(certificate.hard[index].item() - hard) > 0.1
+    return wrong
+
+
+def test_ball_bound_covers_assignments_that_rounding_gets_wrong():
+    anchors = 1.0 + points(2, 3)
+    module = BallEntropy(2, 3, sharpness=1e40, sharpness_unit="absolute").double()
+    with torch.no_grad():
+        module.anchors.copy_(anchors)
+    # One point at an anchor, one as near to the bisector as float64 coordinates allow.
+    across = torch.linalg.cross((anchors[1] - anchors[0])[None], points(200, 3, seed=1))
+    near = anchors.mean(0) + across
+    data = torch.stack((anchors[:1].expand(200, 3), near), dim=1)
+    counts = [exact_nearest_counts(one, anchors) for one in data]
+    assert certified_on_near_ties(module, data, counts) > 10
+
+
+def test_halfspace_bound_covers_signs_that_rounding_gets_wrong():
+    normal, reference = points(3), points(200, 3, seed=1)
+    # Points as near to the plane w . x = 1 as float64 coordinates allow, and one far inside.
+    near = reference + normal * ((1.0 - reference @ normal) / (normal @ normal))[:, None]
+    data = torch.stack(((10.0 * normal).expand(200, 3), near), dim=1)
+    module = HalfspaceEntropy(1, 3, sharpness=1e40, sharpness_unit="absolute").double()
+    with torch.no_grad():
+        module.normals.copy_(normal[None])
+        module.offsets.fill_(1.0)
+    counts = []
+    for one in data.tolist():
+        margins = [sum(Fraction(w) * Fraction(x) for w, x in zip(normal.tolist(), point, strict=True)) for point in one]
+        inside = sum(margin >= 1 for margin in margins)
+        counts.append([inside, 2 - inside])
+    assert certified_on_near_ties(module, data, counts) > 10
