@@ -8,10 +8,12 @@ from entreg.errors import InputError
 from entreg.geometry._chains import hull_of_candidates
 from entreg.geometry._filtering import filter_size
 from entreg.geometry._hull_paths import ALL, hull_on_one_thread, hull_on_threads
+from entreg.geometry._small_hull import small_hull
 from entreg.geometry.parallel import resolve_threads
 from entreg.geometry.validation import as_points, first_nonfinite_row, nonfinite_error
 
 # Sizes at which each stage begins to pay, measured on uniform, Gaussian and disk input.
+_SMALL = 64
 _FILTER_FROM = 1_500
 _THREADS_FROM = 200_000
 # A filter that keeps more than this share of a sample costs more than it saves.
@@ -43,18 +45,20 @@ def convex_hull(points: Any, *, threads: int | None = None) -> np.ndarray:
     scan is Andrew's monotone chain (1979); the entropy bound is that of Afshani, Barbay and Chan (2009).
     """
     points = as_points(points, 3)
-    n = points.shape[0]
-    if n < _FILTER_FROM:
-        # Checked for its errors only: so few points are never worth a second thread.
-        if threads is not None:
-            resolve_threads(threads)
-        hull = hull_of_candidates(points, ALL, True)
-    else:
+    n = len(points)
+    if threads is not None or n >= _FILTER_FROM:
         threads = resolve_threads(threads)
-        if n < _THREADS_FROM:
-            hull = hull_on_one_thread(points, *filter_size(n), _WORTHWHILE)
-        else:
-            hull = hull_on_threads(points, threads, *filter_size(n), _WORTHWHILE, _TASKS_PER_THREAD * threads)
+    if n <= _SMALL:
+        hull = np.empty(3 * n, np.int64)
+        size = small_hull(points, hull)
+        if size >= 3:
+            return hull[:size]
+    if n < _FILTER_FROM:
+        hull = hull_of_candidates(points, ALL, True)
+    elif n < _THREADS_FROM:
+        hull = hull_on_one_thread(points, *filter_size(n), _WORTHWHILE)
+    else:
+        hull = hull_on_threads(points, threads, *filter_size(n), _WORTHWHILE, _TASKS_PER_THREAD * threads)
     if hull.shape[0] < 3:
         raise _no_hull(points, hull.shape[0])
     return hull

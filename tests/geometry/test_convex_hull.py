@@ -12,6 +12,7 @@ from scipy.spatial import ConvexHull
 from entreg.errors import InputError
 from entreg.geometry import _hull_paths as paths
 from entreg.geometry import convex_hull
+from entreg.geometry._chains import hull_of_candidates
 from entreg.geometry.generators import generate
 from tests.geometry.exact_oracle import hull_indices
 from tests.geometry.strategies import point_sets
@@ -39,6 +40,7 @@ def check_every_path(points, sample, bins, tasks):
         paths.hull_on_threads(points, 2, sample, bins, 1.0, tasks),
         paths.hull_by_slabs(points, 2, paths.ALL, tasks, 4 * tasks),
         paths.hull_by_runs(points, 2, tasks, 64),
+        hull_of_candidates(points, paths.ALL, True),
     ):
         assert len(hull) == len(expected) if len(expected) < 3 else hull.tolist() == expected
 
@@ -67,6 +69,12 @@ def test_small_inputs_equal_exact_integers_long(points):
 @given(point_sets(), st.integers(1, 40), st.integers(1, 40), st.integers(1, 5))
 def test_every_path_equals_exact_integers_long(points, sample, bins, tasks):
     check_every_path(points, sample, bins, tasks)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("n", [48, 49, 64, 65, 100, 1_499, 1_500])
+def test_sizes_around_the_changes_of_algorithm(shape, n):
+    check(generate(shape, n, seed=n))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
