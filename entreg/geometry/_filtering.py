@@ -9,7 +9,7 @@ only discarded when it is provably not a vertex; NaN and infinite coordinates fa
 import numpy as np
 from numba import njit
 
-from entreg.geometry._chains import hull_of_candidates
+from entreg.geometry.parallel import chunk_ranges, run_chunks
 
 # Outside these magnitudes the table could overflow or lose its margins to underflow; such input is not filtered.
 _LARGEST = 2.0**1000
@@ -20,6 +20,18 @@ _MARGIN = 2.0**-46
 # Multiplier of a linear congruential generator (Knuth's MMIX), for jittered sampling positions.
 _MULTIPLIER = np.uint64(6364136223846793005)
 _INCREMENT = np.uint64(1442695040888963407)
+
+
+def keep_in_chunks(points: np.ndarray, table: np.ndarray, origin: float, scale: float, threads: int, tasks: int):
+    """Indices of all points that the filter keeps, in ascending order; :func:`keep_outside` on several threads."""
+    kept = np.empty(points.shape[0], np.int64)
+
+    def keep(start: int, stop: int) -> np.ndarray:
+        out = kept[start:stop]
+        return out[: keep_outside(points, start, stop, table, origin, scale, out)]
+
+    parts = run_chunks(keep, chunk_ranges(points.shape[0], tasks), threads)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def filter_size(n: int) -> tuple[int, int]:
@@ -94,27 +106,28 @@ def bin_edges(origin, scale, bins):
 
 
 @njit(cache=True, nogil=True)
-def interior_table(points, size, bins):
-    """The filter built from a sample of the points.
+def interior_table(points, sample, hull, bins):
+    """The filter built from the hull of a sample of the points.
 
     Args:
         points: ``(n, 2)`` floats.
-        size: Number of points to sample, at most n.
+        sample: Indices of the sampled points.
+        hull: Indices of the vertices of their hull, counter-clockwise from the lexicographically smallest; fewer than
+            three when there is no hull.
         bins: Number of x-bins.
 
     Returns:
         ``table`` of shape (bins + 2, 2): the open y-interval of each bin in which points may be discarded, empty where
         there is none; ``origin`` and ``scale`` for :func:`bin_of`; and the share of the sample that the filter keeps.
-        The share is 1 when no filter could be built, and -1 when the sample holds a NaN or infinite coordinate.
+        The share is 1 when no filter could be built.
     """
     table = np.empty((bins + 2, 2))
-    table[:, 0] = np.inf
-    table[:, 1] = -np.inf
-    positions = sample_positions(points.shape[0], size)
-    hull = hull_of_candidates(points, positions, False)
+    for b in range(bins + 2):
+        table[b, 0] = np.inf
+        table[b, 1] = -np.inf
     h = hull.shape[0]
     if h < 3:
-        return table, 0.0, 0.0, 1.0 if h > 0 else -1.0
+        return table, 0.0, 0.0, 1.0
     x = np.empty(h + 1)
     y = np.empty(h + 1)
     last = 0
@@ -155,13 +168,19 @@ def interior_table(points, size, bins):
         while x[above - 1] < right:
             above -= 1
         table[b, 1] = min(top, _height(x, y, above, above - 1, right)) - margin
+    return table, origin, scale, share_kept(points, sample, table, origin, scale)
+
+
+@njit(cache=True, nogil=True)
+def share_kept(points, sample, table, origin, scale):
+    """Share of the sampled points that the filter keeps: an estimate of the share of all points."""
+    bins = table.shape[0] - 2
     kept = 0
-    for k in range(size):
-        px = np.float64(points[positions[k], 0])
-        py = np.float64(points[positions[k], 1])
-        b = bin_of(px, origin, scale, bins)
-        kept += not (table[b, 0] < py < table[b, 1])
-    return table, origin, scale, kept / size
+    for index in sample:
+        y = np.float64(points[index, 1])
+        b = bin_of(np.float64(points[index, 0]), origin, scale, bins)
+        kept += not (table[b, 0] < y < table[b, 1])
+    return kept / sample.shape[0]
 
 
 @njit(cache=True, nogil=True)

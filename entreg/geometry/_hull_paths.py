@@ -8,10 +8,9 @@ they lie on one line. All are exact and agree for every input.
 import itertools
 
 import numpy as np
-from numba import njit
 
 from entreg.geometry._chains import find_ends, hull_from_chains, hull_of_candidates, join_chains
-from entreg.geometry._filtering import bin_placement, interior_table, keep_outside
+from entreg.geometry._filtering import bin_placement, interior_table, keep_in_chunks, sample_positions
 from entreg.geometry._slabs import assign_slabs, chain_run, chain_slabs, fill_slabs, find_runs
 from entreg.geometry.parallel import chunk_ranges, run_chunks
 
@@ -24,38 +23,22 @@ _MOST_SLABS = 512
 _MOST_RUNS = 16
 
 
-@njit(cache=True, nogil=True)
-def hull_on_one_thread(points, sample_size, bins, worthwhile):
-    """Filter, then hull of the rest; without filter when it would keep more than the share ``worthwhile``."""
-    table, origin, scale, share = interior_table(points, sample_size, bins)
-    if share < 0.0 or share > worthwhile:
-        return hull_of_candidates(points, np.empty(0, np.int64), True)
-    n = points.shape[0]
-    kept = np.empty(n, np.int64)
-    count = keep_outside(points, 0, n, table, origin, scale, kept)
-    return hull_of_candidates(points, kept[:count], False)
-
-
-def hull_on_threads(
+def hull_by_filter(
     points: np.ndarray, threads: int, sample_size: int, bins: int, worthwhile: float, tasks: int
 ) -> np.ndarray:
-    """As :func:`hull_on_one_thread`, with every stage that pays cut into ``tasks`` chunks for ``threads`` threads."""
-    table, origin, scale, share = interior_table(points, sample_size, bins)
-    if share < 0.0:
-        return ALL
-    if share > worthwhile:
-        return hull_by_runs(points, threads, tasks, _MOST_RUNS)
+    """Hull of what a filter keeps; without the filter when it would keep more than the share ``worthwhile``."""
     n = points.shape[0]
-    kept = np.empty(n, np.int64)
-
-    def keep(start: int, stop: int) -> np.ndarray:
-        out = kept[start:stop]
-        return out[: keep_outside(points, start, stop, table, origin, scale, out)]
-
-    candidates = np.concatenate(run_chunks(keep, chunk_ranges(n, tasks), threads))
-    if candidates.shape[0] < _SLABS_FROM:
+    sample = sample_positions(n, sample_size)
+    sample_hull = hull_of_candidates(points, sample, False)
+    table, origin, scale, share = interior_table(points, sample, sample_hull, bins)
+    if share <= worthwhile:
+        candidates = keep_in_chunks(points, table, origin, scale, threads, tasks)
+        if candidates.shape[0] >= _SLABS_FROM:
+            return hull_by_slabs(points, threads, candidates, tasks, slab_count(candidates.shape[0]))
         return hull_of_candidates(points, candidates, False)
-    return hull_by_slabs(points, threads, candidates, tasks, slab_count(candidates.shape[0]))
+    if n >= _SLABS_FROM:
+        return hull_by_runs(points, threads, tasks, _MOST_RUNS)
+    return hull_of_candidates(points, ALL, True)
 
 
 def slab_count(n: int) -> int:

@@ -14,6 +14,13 @@ _SMALLEST_NORMAL = 2.0**-1000
 
 
 @njit(cache=True, nogil=True)
+def _copy_record(source, i, target, j):
+    target[j, 0] = source[i, 0]
+    target[j, 1] = source[i, 1]
+    target[j, 2] = source[i, 2]
+
+
+@njit(cache=True, nogil=True)
 def sort_by_x(records):
     """Sort ``records`` by x in place, in linear time when x is already monotone or spread without heavy clustering.
 
@@ -57,13 +64,12 @@ def sort_by_x(records):
         b = np.int64((records[k, 0] - low) * scale)
         position = ends[b]
         ends[b] = position + 1
-        scratch[position, 0] = records[k, 0]
-        scratch[position, 1] = records[k, 1]
-        scratch[position, 2] = records[k, 2]
+        _copy_record(records, k, scratch, position)
     if crowding <= _CROWDED * m:
         _insertion_sort_from(scratch, records)
     else:
-        records[:] = scratch[:m]
+        for k in range(m):
+            _copy_record(scratch, k, records, k)
         start = 0
         for b in range(m + 1):
             stop = ends[b]
@@ -88,9 +94,7 @@ def _insertion_sort_from(source, target):
         index = source[k, 2]
         j = k
         while j > 0 and target[j - 1, 0] > x:
-            target[j, 0] = target[j - 1, 0]
-            target[j, 1] = target[j - 1, 1]
-            target[j, 2] = target[j - 1, 2]
+            _copy_record(target, j - 1, target, j)
             j -= 1
         target[j, 0] = x
         target[j, 1] = y
@@ -123,16 +127,17 @@ def _merge_sort(records, scratch):
             stop = min(start + 2 * width, m)
             if records[middle - 1, 0] <= records[middle, 0]:
                 continue
-            scratch[:width] = records[start:middle]
+            for k in range(width):
+                _copy_record(records, start + k, scratch, k)
             i = 0
             j = middle
             k = start
             while i < width:
                 if j < stop and records[j, 0] < scratch[i, 0]:
-                    records[k] = records[j]
+                    _copy_record(records, j, records, k)
                     j += 1
                 else:
-                    records[k] = scratch[i]
+                    _copy_record(scratch, i, records, k)
                     i += 1
                 k += 1
         width *= 2

@@ -7,7 +7,7 @@ import numpy as np
 from entreg.errors import InputError
 from entreg.geometry._chains import hull_of_candidates
 from entreg.geometry._filtering import filter_size
-from entreg.geometry._hull_paths import ALL, hull_on_one_thread, hull_on_threads
+from entreg.geometry._hull_paths import ALL, hull_by_filter
 from entreg.geometry._small_hull import small_hull
 from entreg.geometry.parallel import resolve_threads
 from entreg.geometry.validation import as_points, first_nonfinite_row, nonfinite_error
@@ -15,7 +15,7 @@ from entreg.geometry.validation import as_points, first_nonfinite_row, nonfinite
 # Sizes at which each stage begins to pay, measured on uniform, Gaussian and disk input.
 _SMALL = 64
 _FILTER_FROM = 1_500
-_THREADS_FROM = 200_000
+_THREADS_FROM = 100_000
 # A filter that keeps more than this share of a sample costs more than it saves.
 _WORTHWHILE = 0.85
 # Chunks per thread, so that threads that are held up do not hold up the others.
@@ -55,10 +55,9 @@ def convex_hull(points: Any, *, threads: int | None = None) -> np.ndarray:
             return hull[:size]
     if n < _FILTER_FROM:
         hull = hull_of_candidates(points, ALL, True)
-    elif n < _THREADS_FROM:
-        hull = hull_on_one_thread(points, *filter_size(n), _WORTHWHILE)
     else:
-        hull = hull_on_threads(points, threads, *filter_size(n), _WORTHWHILE, _TASKS_PER_THREAD * threads)
+        tasks = 1 if n < _THREADS_FROM else _TASKS_PER_THREAD * threads
+        hull = hull_by_filter(points, threads, *filter_size(n), _WORTHWHILE, tasks)
     if hull.shape[0] < 3:
         raise _no_hull(points, hull.shape[0])
     return hull

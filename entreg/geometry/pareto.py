@@ -5,7 +5,14 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from entreg.geometry._filtering import bin_edges, bin_of, bin_placement, filter_size, keep_outside, sample_positions
+from entreg.geometry._filtering import (
+    bin_edges,
+    bin_placement,
+    filter_size,
+    keep_in_chunks,
+    sample_positions,
+    share_kept,
+)
 from entreg.geometry._sorting import sort_by_x
 from entreg.geometry.parallel import chunk_ranges, resolve_threads, run_chunks
 from entreg.geometry.validation import as_points, first_nonfinite_row, nonfinite_error
@@ -42,56 +49,38 @@ def pareto_front(points: Any, *, threads: int | None = None) -> np.ndarray:
     Source: the maxima scan of Kung, Luccio and Preparata (1975); the filter is our choice.
     """
     points = as_points(points, 1)
-    n = points.shape[0]
-    if n < _FILTER_FROM:
-        # Checked for its errors only: so few points are never worth a second thread.
-        if threads is not None:
-            resolve_threads(threads)
-        front = front_on_one_thread(points, 0, 0, _WORTHWHILE)
-    else:
+    n = len(points)
+    if threads is not None or n >= _FILTER_FROM:
         threads = resolve_threads(threads)
-        if n < _THREADS_FROM:
-            front = front_on_one_thread(points, *filter_size(n), _WORTHWHILE)
-        else:
-            front = front_on_threads(points, threads, *filter_size(n), _WORTHWHILE, _TASKS_PER_THREAD * threads)
+    if n < _FILTER_FROM:
+        front = _indices(_front_records(points, _ALL, True, 0, n))
+    else:
+        tasks = 1 if n < _THREADS_FROM else _TASKS_PER_THREAD * threads
+        front = front_by_filter(points, threads, *filter_size(n), _WORTHWHILE, tasks)
     if front.shape[0] == 0:
         raise nonfinite_error(points, first_nonfinite_row(points))
     return front
 
 
-@njit(cache=True, nogil=True)
-def front_on_one_thread(points, sample_size, bins, worthwhile):
-    """Front by way of the filter (without one for sample size 0); empty when a coordinate is not finite."""
-    n = points.shape[0]
-    candidates = np.empty(0, np.int64)
-    everything = True
-    if sample_size > 0:
-        table, origin, scale, share = _dominated_table(points, sample_size, bins)
-        if share <= worthwhile:
-            everything = False
-            candidates = np.empty(n, np.int64)
-            candidates = candidates[: keep_outside(points, 0, n, table, origin, scale, candidates)]
-    front = _front_records(points, candidates, everything, 0, n if everything else candidates.shape[0])
-    return _indices(front)
-
-
-def front_on_threads(
+def front_by_filter(
     points: np.ndarray, threads: int, sample_size: int, bins: int, worthwhile: float, tasks: int
 ) -> np.ndarray:
-    """As :func:`front_on_one_thread`, cut into ``tasks`` chunks for ``threads`` threads."""
-    chunks = chunk_ranges(points.shape[0], tasks)
-    table, origin, scale, share = _dominated_table(points, sample_size, bins)
+    """Front of what a filter keeps; without the filter when it would keep more than the share ``worthwhile``.
+
+    Empty when a coordinate is not finite. ``tasks`` is the number of chunks for the ``threads`` threads.
+    """
+    n = points.shape[0]
+    sample = sample_positions(n, sample_size)
+    table, origin, scale, share = _dominated_table(
+        points, sample, _front_records(points, sample, False, 0, sample_size), bins
+    )
     if share <= worthwhile:
-        kept = np.empty(points.shape[0], np.int64)
-
-        def keep(start: int, stop: int) -> np.ndarray:
-            out = kept[start:stop]
-            return out[: keep_outside(points, start, stop, table, origin, scale, out)]
-
-        candidates = np.concatenate(run_chunks(keep, chunks, threads))
+        candidates = keep_in_chunks(points, table, origin, scale, threads, tasks)
         fronts = [_front_records(points, candidates, False, 0, candidates.shape[0])]
     else:
-        fronts = run_chunks(lambda start, stop: _front_records(points, _ALL, True, start, stop), chunks, threads)
+        fronts = run_chunks(
+            lambda start, stop: _front_records(points, _ALL, True, start, stop), chunk_ranges(n, tasks), threads
+        )
     if any(front.shape[0] == 0 for front in fronts):
         return _ALL
     while len(fronts) > 1:
@@ -101,22 +90,22 @@ def front_on_threads(
 
 
 @njit(cache=True, nogil=True)
-def _dominated_table(points, size, bins):
+def _dominated_table(points, sample, front, bins):
     """As :func:`entreg.geometry._filtering.interior_table`, for dominated instead of interior points.
 
     The point of greatest y among the sampled points right of a bin dominates all points of the bin that are not above
-    it. The outermost bins stay empty, so that infinite coordinates are kept.
+    it. The outermost bins stay empty, so that infinite coordinates are kept. ``front`` holds the records of the
+    sample's front.
     """
     table = np.empty((bins + 2, 2))
-    table[:, 0] = np.inf
-    table[:, 1] = -np.inf
-    positions = sample_positions(points.shape[0], size)
-    front = _front_records(points, positions, False, 0, size)
+    for b in range(bins + 2):
+        table[b, 0] = np.inf
+        table[b, 1] = -np.inf
     if front.shape[0] == 0:
         return table, 0.0, 0.0, 1.0
-    low = np.float64(points[positions[0], 0])
-    for k in range(size):
-        low = min(low, np.float64(points[positions[k], 0]))
+    low = np.float64(points[sample[0], 0])
+    for index in sample:
+        low = min(low, np.float64(points[index, 0]))
     origin, scale = bin_placement(low, front[-1, 0], bins)
     if scale == 0.0:
         return table, 0.0, 0.0, 1.0
@@ -129,11 +118,7 @@ def _dominated_table(points, size, bins):
             k -= 1
         table[b, 0] = -np.inf
         table[b, 1] = best
-    kept = 0
-    for k in range(size):
-        b = bin_of(np.float64(points[positions[k], 0]), origin, scale, bins)
-        kept += not (table[b, 0] < points[positions[k], 1] < table[b, 1])
-    return table, origin, scale, kept / size
+    return table, origin, scale, share_kept(points, sample, table, origin, scale)
 
 
 @njit(cache=True, nogil=True)

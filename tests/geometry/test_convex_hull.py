@@ -36,8 +36,8 @@ def check_every_path(points, sample, bins, tasks):
     expected = hull_indices(points)
     sample = min(sample, len(points))
     for hull in (
-        paths.hull_on_one_thread(points, sample, bins, 1.0),
-        paths.hull_on_threads(points, 2, sample, bins, 1.0, tasks),
+        paths.hull_by_filter(points, 1, sample, bins, 1.0, 1),
+        paths.hull_by_filter(points, 2, sample, bins, 1.0, tasks),
         paths.hull_by_slabs(points, 2, paths.ALL, tasks, 4 * tasks),
         paths.hull_by_runs(points, 2, tasks, 64),
         hull_of_candidates(points, paths.ALL, True),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from entreg.errors import InputError
 from entreg.geometry import pareto_front
 from entreg.geometry.generators import generate
-from entreg.geometry.pareto import front_on_one_thread, front_on_threads
+from entreg.geometry.pareto import front_by_filter
 from tests.geometry.exact_oracle import pareto_indices
 from tests.geometry.strategies import point_sets
 
@@ -36,8 +36,8 @@ def test_small_inputs_equal_the_definition(points):
 def check_every_path(points, sample, bins, tasks, worthwhile):
     sample = min(sample, len(points))
     expected = pareto_indices(points)
-    assert front_on_one_thread(points, sample, bins, worthwhile).tolist() == expected
-    assert front_on_threads(points, 2, sample, bins, worthwhile, tasks).tolist() == expected
+    assert front_by_filter(points, 1, sample, bins, worthwhile, 1).tolist() == expected
+    assert front_by_filter(points, 2, sample, bins, worthwhile, tasks).tolist() == expected
 
 
 @settings(max_examples=300, deadline=None)
