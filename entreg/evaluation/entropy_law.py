@@ -4,6 +4,10 @@ Three families of inputs sweep H from 0 to log n, each by another kind of struct
 points in convex position), interior points (a shrinking share of points on the hull) and locality (k clusters in
 convex position). For each input the entropy is bounded from above by a partition that can be checked, the hull is
 timed on one thread, and a line is fitted to time against n (1 + H).
+
+The law is about algorithms that compare. Ours may fall below its line where distributing points into buckets beats
+comparing them, so a textbook algorithm that does nothing but compare is timed beside it: Timsort and monotone chain
+for sorted runs, quickhull for interior points and clusters.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from tqdm import tqdm
 
 from entreg.entropy import hull_entropy
 from entreg.errors import ConfigError
+from entreg.evaluation.geometry_certificates import vertex_set_difference
+from entreg.evaluation.rivals import COMPARISON_HULLS
 from entreg.evaluation.timing import Timing, interleaved_timings
 from entreg.geometry.convex_hull import convex_hull
 from entreg.geometry.generators import generate
@@ -56,6 +62,7 @@ class LawFamily:
         parameter: what ``value`` means, for tables.
         values: ``values(n, levels)``: the swept values, from low to high entropy.
         points: ``points(n, seed, value)``: ``(n, 2)`` float64.
+        comparison: the textbook algorithm, a key of :data:`entreg.evaluation.rivals.COMPARISON_HULLS`.
         entropy: ``entropy(n, value)``: entropy in nats of the partition that the construction itself gives, or None
             when it gives none in closed form.
     """
@@ -63,6 +70,7 @@ class LawFamily:
     parameter: str
     values: Callable[[int, int], list[float]]
     points: Callable[[int, int, float], np.ndarray]
+    comparison: str
     entropy: Callable[[int, float], float | None]
 
 
@@ -92,42 +100,51 @@ LAW_FAMILIES: dict[str, LawFamily] = {
         parameter="sorted runs",
         values=_counts,
         points=lambda n, seed, value: generate("sorted_runs", n, seed, runs=int(value)),
+        comparison="timsort_chain",
         entropy=_runs_entropy,
     ),
     "hull_fraction": LawFamily(
         parameter="share of points on the hull",
         values=_shares,
         points=lambda n, seed, value: generate("hull_fraction", n, seed, fraction=value),
+        comparison="quickhull",
         entropy=_hull_fraction_entropy,
     ),
     "clusters": LawFamily(
         parameter="clusters in convex position",
         values=_counts,
         points=lambda n, seed, value: convex_clusters(n, seed, int(value)),
+        comparison="quickhull",
         entropy=lambda n, value: None,
     ),
 }
 """Name to family of inputs."""
 
 
-def _measure(points: np.ndarray, repeats: int) -> Timing:
-    def hull() -> np.ndarray:
-        return convex_hull(points, threads=1)
-
-    start = time.perf_counter()
-    hull()
-    loops = max(1, math.ceil(_SHORTEST_MEASUREMENT / (time.perf_counter() - start)))
-    return interleaved_timings({"entreg": hull}, repeats=repeats, warmup=1, inner_loops=loops)["entreg"]
+def _measure(points: np.ndarray, comparison: str, repeats: int) -> dict[str, Timing]:
+    methods: dict[str, Callable[[], object]] = {
+        "entreg": lambda: convex_hull(points, threads=1),
+        comparison: lambda: COMPARISON_HULLS[comparison](points),
+    }
+    loops = {}
+    for name, method in methods.items():
+        start = time.perf_counter()
+        method()
+        loops[name] = max(1, math.ceil(_SHORTEST_MEASUREMENT / (time.perf_counter() - start)))
+    return interleaved_timings(methods, repeats=repeats, warmup=1, inner_loops=loops)
 
 
 def law_rows(family: str, sizes: Sequence[int], levels: int, seed: int, repeats: int) -> list[dict[str, object]]:
     """Entropy bounds and times over one family.
 
     Returns:
-        One row per size and level: ``family, n, parameter, value, entropy`` (the smaller of the two upper bounds, in
-        nats), ``entropy_upper`` and ``entropy_lower`` (of :func:`entreg.entropy.hull_entropy`), ``entropy_family``
-        (of the construction, or None), ``work`` = n (1 + entropy), ``hull_vertices``, ``seconds_median``,
-        ``seconds_min``, ``seconds_max``, ``repeats``, ``threads``.
+        One row per size, level and method: ``family, n, method, parameter, value, entropy`` (the smaller of the two
+        upper bounds, in nats), ``entropy_upper`` and ``entropy_lower`` (of :func:`entreg.entropy.hull_entropy`),
+        ``entropy_family`` (of the construction, or None), ``work`` = n (1 + entropy), ``hull_vertices``,
+        ``seconds_median``, ``seconds_min``, ``seconds_max``, ``repeats``, ``threads``.
+
+    Raises:
+        RuntimeError: the two methods disagree about a hull.
     """
     rows = []
     law = LAW_FAMILIES[family]
@@ -137,26 +154,31 @@ def law_rows(family: str, sizes: Sequence[int], levels: int, seed: int, repeats:
             bounds = hull_entropy(points)
             from_construction = law.entropy(n, value)
             candidates = [bounds.upper] if from_construction is None else [bounds.upper, from_construction]
-            timing = _measure(points, repeats)
-            rows.append(
-                {
-                    "family": family,
-                    "n": n,
-                    "parameter": law.parameter,
-                    "value": value,
-                    "entropy": min(candidates),
-                    "entropy_upper": bounds.upper,
-                    "entropy_lower": bounds.lower,
-                    "entropy_family": from_construction,
-                    "work": n * (1.0 + min(candidates)),
-                    "hull_vertices": len(convex_hull(points, threads=1)),
-                    "seconds_median": timing.median,
-                    "seconds_min": timing.minimum,
-                    "seconds_max": timing.maximum,
-                    "repeats": repeats,
-                    "threads": 1,
-                }
-            )
+            vertices = convex_hull(points, threads=1)
+            other = COMPARISON_HULLS[law.comparison](points)
+            if vertex_set_difference(points[vertices], points[other]) != (0, 0):
+                raise RuntimeError(f"entreg and {law.comparison} disagree on {family}, n = {n}, {value}")
+            for method, timing in _measure(points, law.comparison, repeats).items():
+                rows.append(
+                    {
+                        "family": family,
+                        "n": n,
+                        "method": method,
+                        "parameter": law.parameter,
+                        "value": value,
+                        "entropy": min(candidates),
+                        "entropy_upper": bounds.upper,
+                        "entropy_lower": bounds.lower,
+                        "entropy_family": from_construction,
+                        "work": n * (1.0 + min(candidates)),
+                        "hull_vertices": len(vertices),
+                        "seconds_median": timing.median,
+                        "seconds_min": timing.minimum,
+                        "seconds_max": timing.maximum,
+                        "repeats": repeats,
+                        "threads": 1,
+                    }
+                )
     return rows
 
 
@@ -164,11 +186,13 @@ def fit_law(rows: Sequence[Mapping[str, object]]) -> dict[str, float]:
     """Least-squares line of seconds against n (1 + H), and what n log n alone would explain.
 
     Args:
-        rows: as from :func:`law_rows`, of one family or several.
+        rows: as from :func:`law_rows`, of one method, and of one family or several.
 
     Returns:
         ``nanoseconds_per_unit`` (slope), ``intercept_seconds``, ``r_squared``, ``r_squared_n_log_n`` (the same fit
-        against n log n, which knows nothing of the entropy; None when all sizes are equal), ``count``.
+        against n log n, which knows nothing of the entropy; None when all sizes are equal),
+        ``nanoseconds_per_unit_least`` and ``_most`` (the range of time over n (1 + H): a bounded range is what
+        O(n (1 + H)) says, whether or not the line fits), ``count``.
     """
     seconds = [row["seconds_median"] for row in rows]
     fit = linear_fit([row["work"] for row in rows], seconds)
@@ -179,6 +203,8 @@ def fit_law(rows: Sequence[Mapping[str, object]]) -> dict[str, float]:
         "intercept_seconds": fit.intercept,
         "r_squared": fit.r_squared,
         "r_squared_n_log_n": blind,
+        "nanoseconds_per_unit_least": 1e9 * min(row["seconds_median"] / row["work"] for row in rows),
+        "nanoseconds_per_unit_most": 1e9 * max(row["seconds_median"] / row["work"] for row in rows),
         "count": fit.count,
     }
 
@@ -246,12 +272,15 @@ def run_entropy_law(
             dataset={"name": family, "sizes": sizes, "seed": seed},
             seed=seed,
             repeats=repeats,
-            metrics={
-                "all_sizes": fit_law(rows),
-                **{f"n = {n}": fit_law([row for row in rows if row["n"] == n]) for n in sizes},
-            },
+            metrics={method: _fits(rows, method, sizes) for method in ("entreg", LAW_FAMILIES[family].comparison)},
             rows=rows,
             wall_seconds=time.perf_counter() - start,
         )
         paths.append(records.save(record))
     return paths
+
+
+def _fits(rows: Sequence[Mapping[str, object]], method: str, sizes: Sequence[int]) -> dict[str, object]:
+    own = [row for row in rows if row["method"] == method]
+    by_size = {f"n = {n}": fit_law([row for row in own if row["n"] == n]) for n in sizes}
+    return {"all_sizes": fit_law(own), **by_size}

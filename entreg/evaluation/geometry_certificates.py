@@ -20,6 +20,15 @@ def _before(points: np.ndarray, a: int, b: int) -> bool:
 
 
 @njit(cache=True, nogil=True)
+def _runs_to_the_right(points: np.ndarray, chain: np.ndarray) -> bool:
+    steps = 0
+    for k in range(chain.shape[0] - 1):
+        if _before(points, chain[k], chain[k + 1]):
+            steps += 1
+    return steps == chain.shape[0] - 1
+
+
+@njit(cache=True, nogil=True)
 def _orient(points: np.ndarray, a: int, b: int, c: int) -> int:
     return orient2d(points[a, 0], points[a, 1], points[b, 0], points[b, 1], points[c, 0], points[c, 1])
 
@@ -76,7 +85,7 @@ def hull_defect(points: np.ndarray, indices: np.ndarray) -> str | None:
     last = int(np.lexsort((corners[:, 1], corners[:, 0]))[-1])
     lower, upper = indices[: last + 1], np.append(indices[last:], indices[0])[::-1].copy()
     for name, chain in (("lower", lower), ("upper", upper)):
-        if not all(_before(points, a, b) for a, b in zip(chain[:-1].tolist(), chain[1:].tolist(), strict=True)):
+        if not _runs_to_the_right(points, chain):
             return f"the {name} chain does not run from left to right"
     bad_turns = _count_flat_or_right_turns(points, indices)
     if bad_turns:

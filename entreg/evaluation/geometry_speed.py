@@ -55,7 +55,8 @@ NOT_RUN = "over the time budget, not run"
 _CLUSTERS = 32
 _SHORTEST_MEASUREMENT = 2e-3
 _MOST_INNER_LOOPS = 500
-_REORDERED_SHARE = 0.3
+_FEWEST_ROUNDS = 3
+_SIDE_LINE_SHARE = 0.25
 
 
 # --- point sets ----------------------------------------------------------------------------------------------------
@@ -325,8 +326,8 @@ def measure(
         family: what to compare.
         points: ``(n, 2)`` float64.
         repeats: rounds of the interleaved timing, at least 1.
-        time_budget: seconds that one method may spend in its timed rounds; methods on reordered input get 30 % of
-            it. A method too slow for all rounds gets fewer, but at least one.
+        time_budget: seconds that one method may spend in its timed rounds; a quarter of it for reordered inputs and
+            conversions. A method too slow for all rounds gets fewer, but at least three.
         expected: method to expected seconds of one run; a method expected to exceed its budget is not run.
 
     Returns:
@@ -346,7 +347,7 @@ def measure(
     callables: dict[str, Callable[[], object]] = {}
     check: Callable[[np.ndarray, object], dict[str, object]] | None = None
     for method in family.methods:
-        budget = time_budget * (_REORDERED_SHARE if method.kind == "reordered" else 1.0)
+        budget = time_budget * (_SIDE_LINE_SHARE if method.kind in ("reordered", "conversion") else 1.0)
         if expected.get(method.name, 0.0) > budget:
             continue
         prepare = method.rival.prepare
@@ -366,7 +367,7 @@ def measure(
             if method.kind == "ours" and not checks[method.name]["exact"]:
                 raise RuntimeError(f"{method.name} differs from entreg on {len(points)} points")
         del result
-        rounds[method.name] = int(np.clip(budget / seconds, 1, repeats))
+        rounds[method.name] = int(np.clip(budget / seconds, min(_FEWEST_ROUNDS, repeats), repeats))
         loops[method.name] = int(np.clip(np.ceil(_SHORTEST_MEASUREMENT / seconds), 1, _MOST_INNER_LOOPS))
         callables[method.name] = _bind(method.rival.run, given)
 

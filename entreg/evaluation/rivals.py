@@ -252,6 +252,66 @@ def _x_sort_chain(points: np.ndarray) -> np.ndarray:
     return monotone_chain(points, x_order(points))
 
 
+def _timsort_chain(points: np.ndarray) -> np.ndarray:
+    x = points[:, 0]
+    # numpy's stable sort of floats is Timsort: it merges the runs that the input already has.
+    order = np.argsort(x, kind="stable")
+    if np.any(x[order[1:]] == x[order[:-1]]):
+        order = np.lexsort((points[:, 1], x))
+    return monotone_chain(points, order)
+
+
+@njit(cache=True, nogil=True)
+def _outer_points(points: np.ndarray, order: np.ndarray, start: int, stop: int, a: int, b: int) -> int:
+    """Move the points strictly left of a -> b to the front of ``order[start:stop]``; returns where they end."""
+    ax, ay, bx, by = points[a, 0], points[a, 1], points[b, 0], points[b, 1]
+    end = start
+    for position in range(start, stop):
+        i = order[position]
+        if orient2d(ax, ay, bx, by, points[i, 0], points[i, 1]) > 0:
+            order[position], order[end] = order[end], i
+            end += 1
+    return end
+
+
+@njit(cache=True, nogil=True)
+def _quickhull_candidates(points: np.ndarray, first: int, last: int) -> np.ndarray:
+    """Indices of the hull's vertices, clockwise, and perhaps a few more where rounding chose the farthest point."""
+    n = points.shape[0]
+    found = [first]
+    for a, b in ((first, last), (last, first)):
+        order = np.arange(n)
+        stack = [(0, _outer_points(points, order, 0, n, a, b), a, b)]
+        while stack:
+            start, stop, a, b = stack.pop()
+            if start == stop:
+                found.append(b)
+                continue
+            apex, farthest = order[start], -np.inf
+            for position in range(start, stop):
+                i = order[position]
+                height = (points[b, 0] - points[a, 0]) * (points[i, 1] - points[a, 1]) - (
+                    points[b, 1] - points[a, 1]
+                ) * (points[i, 0] - points[a, 0])
+                if height > farthest:
+                    apex, farthest = i, height
+            # What is outside neither new edge lies in the triangle and is done with.
+            middle = _outer_points(points, order, start, stop, a, apex)
+            end = _outer_points(points, order, middle, stop, apex, b)
+            stack.append((middle, end, apex, b))
+            stack.append((start, middle, a, apex))
+    return np.array(found)
+
+
+def _quickhull(points: np.ndarray) -> np.ndarray:
+    x, y = points[:, 0], points[:, 1]
+    leftmost, rightmost = np.flatnonzero(x == x.min()), np.flatnonzero(x == x.max())
+    first, last = leftmost[np.argmin(y[leftmost])], rightmost[np.argmax(y[rightmost])]
+    # The chain makes the candidates exact. They come as two sorted runs, so that Timsort takes linear time.
+    candidates = _quickhull_candidates(points, first, last)[:-1]
+    return candidates[_timsort_chain(points[candidates])]
+
+
 def _qhull(points: np.ndarray) -> np.ndarray:
     return scipy.spatial.ConvexHull(points).vertices
 
@@ -324,6 +384,12 @@ HULL_RIVALS: dict[str, Rival] = _registry(
     ),
 )
 """Convex-hull rivals. Results are vertex indices ``(h,)`` or coordinates ``(h, 2)``, see :func:`hull_vertices`."""
+
+COMPARISON_HULLS: dict[str, Rival] = _registry(
+    Rival("timsort_chain", _timsort_chain, note="Timsort and monotone chain: adaptive to sorted runs; exact"),
+    Rival("quickhull", _quickhull, note="quickhull: adaptive to interior and clustered points; exact"),
+)
+"""Textbook hulls that work by comparisons alone, each adaptive to one kind of low entropy; for the law's figure."""
 
 LIBRARY_HULL_RIVALS = ("qhull", "geos", "opencv")
 """The libraries that "the fastest rival" is chosen from, as a user meets them."""

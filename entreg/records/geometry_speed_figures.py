@@ -98,44 +98,30 @@ def law_figure(records: list[dict[str, Any]]) -> "Figure | None":
     rows = [row for record in chosen for row in record["rows"]]
     largest = max(row["n"] for row in rows)
     figure, (left, right) = new_figure(1, 2, width=10.0, height=4.4)
-    for position, (family, label) in enumerate(LAW_LABELS.items()):
-        mine = [row for row in rows if row["family"] == family]
-        if not mine:
-            continue
-        colour, marker = PALETTE[position], MARKERS[position]
-        left.plot(
-            [row["work"] for row in mine],
-            [1e3 * row["seconds_median"] for row in mine],
-            linestyle="none",
-            color=colour,
-            marker=marker,
-            label=label,
-        )
-        large = sorted((row["work"] / 1e6, 1e3 * row["seconds_median"]) for row in mine if row["n"] == largest)
-        work, milliseconds = map(np.array, zip(*large, strict=True))
-        right.plot(work, milliseconds, linestyle="none", color=colour, marker=marker)
-        if len(large) > 1 and np.ptp(work) > 0:
-            fit = linear_fit(work, milliseconds)
-            ends = np.array([work.min(), work.max()])
-            text = f"{label}: R² = {fit.r_squared:.3f}"
-            right.plot(ends, fit.intercept + fit.slope * ends, color=colour, linewidth=1.2, label=text)
-    overall = linear_fit([row["work"] for row in rows], [1e3 * row["seconds_median"] for row in rows])
-    span = np.geomspace(min(row["work"] for row in rows), max(row["work"] for row in rows), 50)
-    fitted = overall.intercept + overall.slope * span
-    # A line with a negative intercept cannot be drawn below zero on logarithmic axes.
-    left.plot(
-        span[fitted > 0],
-        fitted[fitted > 0],
-        color="#444444",
-        linewidth=1.2,
-        linestyle="--",
-        label=f"one line for all: R² = {overall.r_squared:.3f}",
-    )
-    left.set(xscale="log", yscale="log", xlabel="n (1 + H)", ylabel="time, ms", title="all sizes")
-    right.set(xlabel="n (1 + H), millions", ylabel="time, ms", title=f"n = {largest:,}")
-    right.set_xlim(left=0)
-    right.set_ylim(bottom=0)
-    for axes in (left, right):
+    titles = {left: "algorithms that compare", right: "entreg"}
+    for axes, title in titles.items():
+        for position, (family, label) in enumerate(LAW_LABELS.items()):
+            sample = [
+                row
+                for row in rows
+                if row["family"] == family and row["n"] == largest and (row["method"] == "entreg") == (axes is right)
+            ]
+            if not sample:
+                continue
+            work = np.array([row["work"] / 1e6 for row in sample])
+            milliseconds = np.array([1e3 * row["seconds_median"] for row in sample])
+            name = label if axes is right else f"{label}: {method_label(sample[0]['method'])}"
+            style = {"color": PALETTE[position], "marker": MARKERS[position], "linestyle": "none"}
+            if len(sample) > 1 and np.ptp(work) > 0:
+                fit = linear_fit(work, milliseconds)
+                ends = np.array([work.min(), work.max()])
+                axes.plot(ends, fit.intercept + fit.slope * ends, color=PALETTE[position], linewidth=1.2)
+                name += f", R² = {fit.r_squared:.3f}"
+            axes.plot(work, milliseconds, label=name, **style)
+        axes.set(xlabel="n (1 + H), millions", ylabel="time, ms", title=title)
+        axes.set_xlim(left=0)
+        # Head room for the legend.
+        axes.set_ylim(0, 1.45 * axes.get_ylim()[1])
         axes.legend(loc="upper left")
-    figure.suptitle("Convex hull, one thread: time against n (1 + H)", fontsize=12)
+    figure.suptitle(f"Convex hull of {largest:,} points, one thread: time against n (1 + H)", fontsize=12)
     return figure
