@@ -9,7 +9,7 @@ negated (an exact operation), so one set of kernels serves both. Chains are arra
 import numpy as np
 from numba import njit
 
-from entreg.geometry._sorting import sort_by_x
+from entreg.geometry._sorting import copy_record, sort_by_x
 from entreg.geometry.predicates import orient2d
 
 
@@ -280,11 +280,11 @@ def _close_polyline(line):
         if line[size - 1, 0] < line[k, 0] < line[4, 0]:
             while size > 1 and _turn(line, size - 2, size - 1, k) <= 0:
                 size -= 1
-            line[size] = line[k]
+            copy_record(line, k, line, size)
             size += 1
     while size > 1 and _turn(line, size - 2, size - 1, 4) <= 0:
         size -= 1
-    line[size] = line[4]
+    copy_record(line, 4, line, size)
     return size + 1
 
 

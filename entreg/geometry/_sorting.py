@@ -14,7 +14,8 @@ _SMALLEST_NORMAL = 2.0**-1000
 
 
 @njit(cache=True, nogil=True)
-def _copy_record(source, i, target, j):
+def copy_record(source, i, target, j):
+    """Copy row i of ``source`` to row j of ``target``; slice assignment would compile to far more code."""
     target[j, 0] = source[i, 0]
     target[j, 1] = source[i, 1]
     target[j, 2] = source[i, 2]
@@ -64,12 +65,12 @@ def sort_by_x(records):
         b = np.int64((records[k, 0] - low) * scale)
         position = ends[b]
         ends[b] = position + 1
-        _copy_record(records, k, scratch, position)
+        copy_record(records, k, scratch, position)
     if crowding <= _CROWDED * m:
         _insertion_sort_from(scratch, records)
     else:
         for k in range(m):
-            _copy_record(scratch, k, records, k)
+            copy_record(scratch, k, records, k)
         start = 0
         for b in range(m + 1):
             stop = ends[b]
@@ -94,7 +95,7 @@ def _insertion_sort_from(source, target):
         index = source[k, 2]
         j = k
         while j > 0 and target[j - 1, 0] > x:
-            _copy_record(target, j - 1, target, j)
+            copy_record(target, j - 1, target, j)
             j -= 1
         target[j, 0] = x
         target[j, 1] = y
@@ -128,16 +129,16 @@ def _merge_sort(records, scratch):
             if records[middle - 1, 0] <= records[middle, 0]:
                 continue
             for k in range(width):
-                _copy_record(records, start + k, scratch, k)
+                copy_record(records, start + k, scratch, k)
             i = 0
             j = middle
             k = start
             while i < width:
                 if j < stop and records[j, 0] < scratch[i, 0]:
-                    _copy_record(records, j, records, k)
+                    copy_record(records, j, records, k)
                     j += 1
                 else:
-                    _copy_record(scratch, i, records, k)
+                    copy_record(scratch, i, records, k)
                     i += 1
                 k += 1
         width *= 2
