@@ -157,20 +157,24 @@ def _degeneracy(points):
 
 
 @njit(cache=True, nogil=True)
-def _scale(points, largest):
-    """Flat coordinates brought into the range of the floating-point filters by a power of two.
+def _scale_factors(largest):
+    """Two powers of two that together bring magnitudes up to ``largest`` into the range of the floating-point filters.
 
-    Returns:
-        ``(scaled, exact, faithful)``: the same array twice when nothing is lost by scaling, else ``exact`` are the
-        coordinates themselves.
+    They are two because their product may not be a normal number.
     """
-    exact = points.reshape(-1)
     if 1.0 / LARGEST_SCALED <= largest <= LARGEST_SCALED:
-        return exact, exact, True
-    # In two steps, because the factor itself may not be a normal number.
+        return 1.0, 1.0
     exponent = min(-math.frexp(largest)[1], 1000)
-    factor = 2.0 ** (exponent // 2)
-    rest = 2.0 ** (exponent - exponent // 2)
+    half = exponent // 2
+    return 2.0**half, 2.0 ** (exponent - half)
+
+
+@njit(cache=True, nogil=True)
+def _scale(points, factor, rest):
+    """``(scaled, exact, faithful)``: flat coordinates, the same array twice if scaling loses nothing (``faithful``)."""
+    exact = points.reshape(-1)
+    if factor == 1.0 and rest == 1.0:
+        return exact, exact, True
     scaled = exact * factor * rest
     for i in range(exact.shape[0]):
         if scaled[i] / rest / factor != exact[i]:
@@ -187,13 +191,19 @@ def _triangulate_serially(points, adaptive, column_limit):
     if status != _OK:
         nothing = np.empty((0, 3), np.int32)
         return status, nothing, nothing, np.empty((0, 2), np.int32), np.empty((0, 2), np.int64)
-    scaled, exact, faithful = _scale(points, max(max(abs(x_low), abs(x_high)), max(abs(y_low), abs(y_high))))
-    x_low, x_high, y_low, y_high = bounds(scaled.reshape((count, 2)), 0, count)
+    factor, rest = _scale_factors(max(max(abs(x_low), abs(x_high)), max(abs(y_low), abs(y_high))))
+    scaled, exact, faithful = _scale(points, factor, rest)
+    x_low, x_high, y_low, y_high = (
+        x_low * factor * rest,
+        x_high * factor * rest,
+        y_low * factor * rest,
+        y_high * factor * rest,
+    )
     packed = np.empty(count, np.uint64)
     levels = np.empty(count, np.int16)
-    counts = np.zeros(2**BUCKET_BITS, np.int64)
-    sorted_ = write_keys(scaled, x_low, y_low, max(x_high - x_low, y_high - y_low), packed, counts, 0, count)
-    if not (adaptive and sorted_):
+    extent = max(x_high - x_low, y_high - y_low)
+    in_order = write_keys(scaled, x_low, y_low, extent, packed, np.zeros(2, np.int64), 0, count)
+    if not (adaptive and in_order):
         sort_packed(packed, np.empty(count, np.uint64), 0, count)
     duplicates = np.empty((0, 2), np.int64)
     if write_levels(packed, levels, 0, count - 1):
@@ -229,10 +239,10 @@ def _triangulate_in_blocks(
     extremes = np.array(in_threads(lambda start, stop: bounds(points, start, stop), chunks))
     finite = not np.isnan(extremes[:, 0]).any()
     _raise_for(_degeneracy(points) if finite else _NOT_FINITE, points)
-    scaled, exact, faithful = _scale(points, np.abs(extremes).max())
-    if scaled.ctypes.data != points.ctypes.data:
-        pairs = scaled.reshape(count, 2)
-        extremes = np.array(in_threads(lambda start, stop: bounds(pairs, start, stop), chunks))
+    factor, rest = _scale_factors(np.abs(extremes).max())
+    scaled, exact, faithful = _scale(points, factor, rest)
+    extremes *= factor
+    extremes *= rest
     x_low, y_low = extremes[:, 0].min(), extremes[:, 2].min()
     extent = max(extremes[:, 1].max() - x_low, extremes[:, 3].max() - y_low)
 

@@ -111,6 +111,13 @@ def merge_blocks(scaled, exact, links, free, handles, levels):
 @njit(cache=True, nogil=True)
 def _merge(scaled, exact, links, pool, below, above, level):
     """Merge two triangulations that a line separates: ``below`` is left of it (level even) or below it (odd)."""
+    if below < 0 and above < 0:
+        edge = _take_edge(links, pool)
+        for end, tip in ((edge, -1 - below), (edge ^ 1, -1 - above)):
+            links[WORDS * end] = tip
+            links[WORDS * end + NEXT] = end
+            links[WORDS * end + PREVIOUS] = end
+        return edge
     left_edge, left, right_edge, right = _lower_tangent(scaled, exact, links, below, above, level & 1)
     # The base runs from right to left, with the finished part on its left; ``twin`` is its reverse.
     base = _take_edge(links, pool)
@@ -195,20 +202,17 @@ def _merge(scaled, exact, links, pool, below, above, level):
             return handle
         edge = _take_edge(links, pool)
         reverse = edge ^ 1
-        if left_found:
-            links[WORDS * edge] = left_tip
-            links[WORDS * reverse] = right
-            _insert_before(links, edge, base)
-            _insert_after(links, reverse, left_edge ^ 1)
-            left = left_tip
-            left_x, left_y = scaled[2 * left], scaled[2 * left + 1]
-        else:
-            links[WORDS * edge] = left
-            links[WORDS * reverse] = right_tip
-            _insert_before(links, edge, right_edge ^ 1)
-            _insert_after(links, reverse, twin)
-            right = right_tip
-            right_x, right_y = scaled[2 * right], scaled[2 * right + 1]
+        # Selections instead of a branch: which side advances is as good as random.
+        before_place = base if left_found else right_edge ^ 1
+        after_place = left_edge ^ 1 if left_found else twin
+        left = left_tip if left_found else left
+        right = right if left_found else right_tip
+        links[WORDS * edge] = left
+        links[WORDS * reverse] = right
+        _insert_before(links, edge, before_place)
+        _insert_after(links, reverse, after_place)
+        left_x, left_y = scaled[2 * left], scaled[2 * left + 1]
+        right_x, right_y = scaled[2 * right], scaled[2 * right + 1]
         base = edge
         twin = reverse
 

@@ -77,12 +77,18 @@ def _morton_key(x, y):
 def write_keys(scaled, x_low, y_low, extent, packed, counts, start, stop):
     """Write packed keys of the points ``start .. stop - 1`` and add to the counts of their highest bits.
 
+    Args:
+        scaled: Flat coordinates.
+        x_low, y_low, extent: Corner and side of a square that holds all points.
+        packed: Out: one entry per point.
+        counts: int64, one for each value of the highest bits; their number is a power of two, at least 2.
+
     Returns:
         Whether these keys are in order.
     """
     # Without an extent, all points lie in one cell.
     scale = _CELLS / extent if extent > 0.0 else 0.0
-    shift = np.uint64(64 - BUCKET_BITS)
+    shift = np.uint64(64 - highest_bit(np.uint64(counts.shape[0])))
     ascending = True
     last = np.uint64(0)
     for i in range(start, stop):
