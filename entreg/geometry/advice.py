@@ -21,10 +21,16 @@ import numpy as np
 from numba import njit
 
 from entreg.errors import InputError
-from entreg.geometry._filtering import bin_edges, bin_placement, interior_table, keep_outside
+from entreg.geometry._filtering import (
+    bin_edges,
+    bin_placement,
+    interior_table,
+    keep_in_chunks,
+    share_kept,
+)
 from entreg.geometry.convex_hull import convex_hull
 from entreg.geometry.delaunay import delaunay
-from entreg.geometry.parallel import chunk_ranges, resolve_threads, run_chunks
+from entreg.geometry.parallel import resolve_threads
 from entreg.geometry.pareto import pareto_front
 from entreg.geometry.validation import as_points, require_finite
 
@@ -34,7 +40,9 @@ BINS = 256
 SAMPLE_SIZE = 8192
 """Points looked at for the first, rough filter; the second filter uses the extremes of all points."""
 
-_THREADS_FROM = 50_000
+# Sizes and shares as in entreg.geometry.convex_hull.
+_THREADS_FROM = 200_000
+_WORTHWHILE = 0.85
 
 # Table, origin and scale as entreg.geometry._filtering has them.
 _Filter = tuple[np.ndarray, float, float]
@@ -56,7 +64,7 @@ def advised_convex_hull(points: Any, directions: Any, *, threads: int | None = N
     """
     array = _finite_points(points)
     kept = _survivors(array, _finite_advice(directions, "directions"), _interior_filter, threads)
-    return kept[convex_hull(array[kept], threads=threads)]
+    return convex_hull(array, threads=threads) if kept is None else kept[convex_hull(array[kept], threads=threads)]
 
 
 def advised_pareto_front(points: Any, directions: Any, *, threads: int | None = None) -> np.ndarray:
@@ -76,7 +84,7 @@ def advised_pareto_front(points: Any, directions: Any, *, threads: int | None = 
     """
     array = _finite_points(points)
     kept = _survivors(array, np.abs(_finite_advice(directions, "directions")), _dominated_filter, threads)
-    return kept[pareto_front(array[kept], threads=threads)]
+    return pareto_front(array, threads=threads) if kept is None else kept[pareto_front(array[kept], threads=threads)]
 
 
 def advised_delaunay(points: Any, anchors: Any, *, threads: int | None = None) -> np.ndarray:
@@ -142,33 +150,36 @@ def _survivors(
     directions: np.ndarray,
     make_filter: Callable[[np.ndarray], _Filter | None],
     threads: int | None,
-) -> np.ndarray:
-    """Increasing indices that pass a filter by the extremes of a sample and one by the extremes of all points."""
+) -> np.ndarray | None:
+    """Increasing indices that pass a filter by the extremes of a sample and one by the extremes of all points.
+
+    None when the sample shows that the filter would keep nearly everything: bad advice costs this one look.
+    """
     workers = resolve_threads(threads)
-    sample = np.ascontiguousarray(points[:: max(1, len(points) // SAMPLE_SIZE)])
-    kept = _apply(points, make_filter(_extremes(sample, directions)), workers)
+    sample = np.arange(0, len(points), max(1, len(points) // SAMPLE_SIZE))
+    rough = make_filter(_extremes(points[sample], directions))
+    if rough is None or share_kept(points, sample, *rough) > _WORTHWHILE:
+        return None
+    kept = _apply(points, rough, workers)
     # The extremes of all points are on the boundary of the hull and so survive the first filter: looking among the
     # survivors finds them (or, for maxima, what dominates them).
     remaining = points[kept]
-    return kept[_apply(remaining, make_filter(_extremes(remaining, directions)), workers)]
+    fine = make_filter(_extremes(remaining, directions))
+    return kept if fine is None else kept[_apply(remaining, fine, workers)]
 
 
-def _apply(points: np.ndarray, region: _Filter | None, workers: int) -> np.ndarray:
-    n = len(points)
-    if region is None:
-        return np.arange(n)
-    kept = np.empty(n, np.int64)
-
-    def keep(start: int, stop: int) -> np.ndarray:
-        return kept[start : start + keep_outside(points, start, stop, *region, kept[start:stop])]
-
-    ranges = chunk_ranges(n, 4 * workers if n >= _THREADS_FROM else 1)
-    return np.concatenate(run_chunks(keep, ranges, workers))
+def _apply(points: np.ndarray, region: _Filter, workers: int) -> np.ndarray:
+    tasks = 4 * workers if len(points) >= _THREADS_FROM else 1
+    return keep_in_chunks(points, *region, workers, tasks)
 
 
 def _interior_filter(extremes: np.ndarray) -> _Filter | None:
     """Drops what is certainly inside the hull of a few points."""
-    table, origin, scale, _ = interior_table(extremes, len(extremes), BINS)
+    try:
+        hull = convex_hull(extremes, threads=1)
+    except InputError:
+        return None
+    table, origin, scale, _ = interior_table(extremes, hull, hull, BINS)
     return (table, origin, scale) if scale > 0.0 else None
 
 

@@ -125,7 +125,6 @@ class EntropyNet(nn.Module):
     def rewrite(self, points: Any, *, threads: int | None = None) -> np.ndarray:
         """Move a point set of any size (mode ``rewrite``).
 
-        One compiled pass, as fast as torch layer by layer and without its thread pool, which stalls on busy cores.
         The displacement is computed in float32 and added in float64. Were the sum taken in float32, rounding alone
         would throw most points of a circle off the hull, and the speed-up would be credited to the network.
 
@@ -141,17 +140,23 @@ class EntropyNet(nn.Module):
         """
         array = as_points(points)
         require_finite(array)
-        context = self.context(self.normalise(array[:: max(1, len(array) // self.context_points)]))
+        center, scale = self.center.numpy(), self.scale.item()
+        first, first_bias = self.point_layer.weight.numpy(), self.point_layer.bias.numpy()
+        # The same as context(), but nothing here may wake torch's or a BLAS's thread pool: its workers go on spinning
+        # for a while and take the cores from the threads below (five times slower on two cores).
+        sample = ((array[:: max(1, len(array) // self.context_points)] - center) / scale).astype(np.float32)
+        features = np.maximum(sample[:, :1] * first[:, 0] + sample[:, 1:] * first[:, 1] + first_bias, np.float32(0.0))
+        pooled = np.concatenate([features.mean(axis=0), features.max(axis=0)])
+        context = (self.context_layer.weight.numpy() * pooled).sum(axis=1)
         moved = np.empty_like(array)
         weights = (
-            self.point_layer.weight.numpy(),
-            (self.point_layer.bias + context).numpy(),
+            first,
+            first_bias + context,
             np.ascontiguousarray(self.hidden_layer.weight.numpy().T),
             self.hidden_layer.bias.numpy(),
             self.output_layer.weight.numpy(),
             self.output_layer.bias.numpy(),
         )
-        center, scale = self.center.numpy(), self.scale.item()
         workers = resolve_threads(threads)
         run_chunks(
             lambda start, stop: _move(array, moved, start, stop, center, scale, *weights),

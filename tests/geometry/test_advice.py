@@ -67,9 +67,9 @@ def test_large_sets_agree_with_the_unadvised_algorithms(distribution):
 def test_good_advice_drops_nearly_everything_and_bad_advice_nothing():
     points = generate("square", 100_000, 0)
     assert len(advice._survivors(points, COMPASS, advice._interior_filter, 2)) < 5_000
-    assert len(advice._survivors(points, COMPASS[:1], advice._interior_filter, 2)) == 100_000
+    assert advice._survivors(points, COMPASS[:1], advice._interior_filter, 2) is None
     assert len(advice._survivors(points, np.abs(COMPASS), advice._dominated_filter, 2)) < 5_000
-    assert len(advice._survivors(generate("circle", 50_000, 0), COMPASS, advice._interior_filter, 1)) > 49_000
+    assert advice._survivors(generate("circle", 50_000, 0), COMPASS, advice._interior_filter, 1) is None
 
 
 def test_threads_do_not_matter():
