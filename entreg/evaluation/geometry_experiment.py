@@ -1,0 +1,359 @@
+"""The geometry experiment: does a learned, entropy-lowering rewrite make geometry faster, and at what error?
+
+For one problem, distribution and seed a network is trained; then every method answers on point sets of several sizes.
+First each answer is computed and compared with the exact one, then all methods are timed in turns within one process.
+One run is one record; runs that have a record are skipped.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from scipy.spatial import QhullError
+from tqdm import tqdm
+
+from entreg.data.points import POINT_SETS, describe_points, load_points
+from entreg.errors import ConfigError, InputError
+from entreg.evaluation.geometry_methods import OURS, PROBLEMS, Method, Problem, build_methods
+from entreg.evaluation.timing import interleaved_timings
+from entreg.records.record import new_record
+from entreg.records.store import RecordStore
+from entreg.training.entropy_net import EntropyNetSettings, TrainedEntropyNet, train_entropy_net
+
+TRAINING_POINTS = 20_000
+"""Points that training subsets are drawn from; they follow the same distribution (for the cities: are some of them)."""
+
+SAMPLE_POINTS = 400
+"""Points kept in the record of the first seed before and after rewriting, for the figures."""
+
+_SHORTEST_MEASUREMENT = 2e-3
+_MOST_INNER_LOOPS = 100
+
+
+@dataclass(frozen=True)
+class GeometryRun:
+    """Everything that decides one record.
+
+    Attributes:
+        experiment: name of the record's experiment, e.g. ``geometry/hull``.
+        problem: a key of :data:`entreg.evaluation.geometry_methods.PROBLEMS`.
+        distribution: a name of :data:`entreg.data.points.POINT_SETS`.
+        sizes: numbers of points, increasing.
+        seed: of points and training.
+        variant: name of the training settings, ``default`` but in a sensitivity study.
+        training: settings of network and training.
+        scale: ``smoke``, ``offline`` or ``paper``.
+        repeats: most rounds of a timing, at least 1.
+        time_budget: seconds for all timed rounds of one size; slow sizes run fewer rounds, at least one.
+    """
+
+    experiment: str
+    problem: str
+    distribution: str
+    sizes: tuple[int, ...]
+    seed: int
+    variant: str
+    training: EntropyNetSettings
+    scale: str
+    repeats: int
+    time_budget: float
+
+    def config(self) -> dict[str, Any]:
+        """The record's configuration."""
+        return {**asdict(self), "sizes": list(self.sizes)}
+
+
+def experiment_configs(config: DictConfig, overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """The resolved configuration of every experiment that a composed one stands for.
+
+    A study names experiments; each is composed anew with the same overrides. Hydra must be initialised.
+
+    Args:
+        config: composed from ``configs/geometry.yaml``.
+        overrides: those it was composed with.
+    """
+    if config.study is None:
+        return [OmegaConf.to_container(config, resolve=True)]
+    names = _chosen(config.study, config.profile.get("experiments"))
+    kept = [text for text in overrides if text.partition("=")[0] != "experiment"]
+    composed = [hydra.compose("geometry", [f"experiment=geometry/{name}", *kept]) for name in names]
+    return [OmegaConf.to_container(one, resolve=True) for one in composed]
+
+
+def plan_runs(config: Mapping[str, Any]) -> list[GeometryRun]:
+    """All runs that a configuration asks for.
+
+    Args:
+        config: resolved content of ``configs/geometry.yaml`` with one ``experiment``: ``name, problem, distributions,
+            sizes, sizes_of, seeds, time_budget, training, variants, variant, profile``.
+
+    Returns:
+        Runs in the order seed, variant, distribution, so that an interrupted study is complete for some seeds.
+
+    Raises:
+        ConfigError: unknown problem, distribution, variant or training key, or a value out of range.
+    """
+    profile = config["profile"]
+    if config["problem"] not in PROBLEMS:
+        raise ConfigError(f"unknown problem '{config['problem']}', known are {', '.join(PROBLEMS)}")
+    distributions = _chosen(config["distributions"], profile.get("distributions"))
+    for name in (*distributions, *config["sizes_of"]):
+        if name not in POINT_SETS:
+            raise ConfigError(f"unknown distribution '{name}', known are {', '.join(sorted(POINT_SETS))}")
+    variants = config["variants"]
+    names = list(variants) if config["variant"] is None else [config["variant"]]
+    for name in names:
+        if name not in variants:
+            raise ConfigError(f"unknown variant '{name}', known are {', '.join(variants)}")
+    seeds = profile["seeds"] if config["seeds"] is None else config["seeds"]
+    return [
+        GeometryRun(
+            experiment=config["name"],
+            problem=config["problem"],
+            distribution=distribution,
+            sizes=_sizes(config["sizes_of"].get(distribution, config["sizes"]), profile["max_points"]),
+            seed=seed,
+            variant=name,
+            training=_training({**config["training"], **variants[name]}, profile["time_scale"]),
+            scale=profile["name"],
+            repeats=profile["repeats"],
+            time_budget=config["time_budget"],
+        )
+        for seed in seeds
+        for name in names
+        for distribution in distributions
+    ]
+
+
+def run_all(
+    runs: Sequence[GeometryRun], *, store: str | Path, command: str, force: bool = False
+) -> list[dict[str, Any]]:
+    """Run what has no record yet and save each record as soon as it is there.
+
+    Args:
+        runs: from :func:`plan_runs`.
+        store: folder of the records.
+        command: what to type to repeat the runs.
+        force: run again what has a record already.
+
+    Returns:
+        The records in the order of ``runs``, old ones included.
+
+    Raises:
+        OutputError: a record cannot be written.
+    """
+    records = RecordStore(store)
+    result = []
+    progress = tqdm(runs, desc="geometry", disable=None)
+    for run in progress:
+        progress.set_postfix_str(f"{run.experiment} {run.distribution} seed {run.seed} {run.variant}")
+        record = None if force else records.find(run.experiment, run.config())
+        if record is None:
+            record = run_geometry(run, command)
+            records.save(record)
+        result.append(record)
+    return result
+
+
+def run_geometry(run: GeometryRun, command: str) -> dict[str, Any]:
+    """One run: train, answer, compare, time.
+
+    Args:
+        run: what to do.
+        command: goes into the record.
+
+    Returns:
+        A run record with one row per size and method. ``speedup`` of a row is the baseline's median time over the
+        method's, ``status`` says why a row has no numbers.
+
+    Raises:
+        RuntimeError: our exact algorithm with advice disagrees with the one without.
+    """
+    threads = torch.get_num_threads()
+    # Training subsets are small: a second thread costs more than it brings. And torch's idle threads spin, which would
+    # slow down whatever is timed next.
+    torch.set_num_threads(1)
+    try:
+        return _run(run, command)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(run: GeometryRun, command: str) -> dict[str, Any]:
+    start = time.perf_counter()
+    problem = PROBLEMS[run.problem]
+    trained = _trained(run.distribution, run.seed, run.training)
+    sample = load_points(run.distribution, TRAINING_POINTS, run.seed)
+    _warm_up(run.problem)
+    rows: list[dict[str, Any]] = []
+    for size in run.sizes:
+        points = load_points(run.distribution, size, run.seed)
+        methods = build_methods(problem, trained.net, trained.net.advice(sample), points)
+        rows += _rows(run, problem, methods, points)
+    before = sample[: len(sample) // SAMPLE_POINTS * SAMPLE_POINTS : len(sample) // SAMPLE_POINTS]
+    metrics = {
+        "training_seconds": trained.seconds,
+        "training_entropy": trained.entropy,
+        "training_chamfer": trained.chamfer,
+        **_displacement(trained, sample),
+    }
+    if run.problem == "hull" and run.variant == "default" and run.seed == 0:
+        metrics["sample_before"] = _short(before)
+        metrics["sample_after"] = _short(trained.net.rewrite(sample)[:: len(sample) // SAMPLE_POINTS][: len(before)])
+    return new_record(
+        experiment=run.experiment,
+        scale=run.scale,
+        config=run.config(),
+        command=command,
+        dataset=describe_points(run.distribution, run.sizes[-1], run.seed),
+        model={"name": "EntropyNet", "parameters": sum(p.numel() for p in trained.net.parameters())},
+        seed=run.seed,
+        repeats=run.repeats,
+        metrics=metrics,
+        rows=rows,
+        wall_seconds=time.perf_counter() - start,
+    )
+
+
+def measure_methods(
+    methods: Mapping[str, Method], *, repeats: int, time_budget: float
+) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, str]]:
+    """Answers and interleaved seconds of methods, with as many rounds as fit the budget.
+
+    The first round gives the answers. When it alone exceeds the budget it is also the measurement; otherwise it
+    warms up caches and is not counted.
+
+    Args:
+        methods: by name.
+        repeats: most counted rounds.
+        time_budget: seconds for all counted rounds together.
+
+    Returns:
+        seconds of each counted round by name, answers by name, and the reason by name of methods that failed.
+    """
+    answers: dict[str, Any] = {}
+    failures: dict[str, str] = {}
+    first: dict[str, float] = {}
+    for name, method in methods.items():
+
+        def answer(name: str = name, method: Method = method) -> None:
+            answers[name] = method.run()
+
+        try:
+            first[name] = interleaved_timings({name: answer}, repeats=1, warmup=0)[name].median
+        except QhullError as error:
+            # A rewrite may merge points or put them on one line; that is a result, not an accident.
+            failures[name] = f"Qhull failed: {str(error).strip().splitlines()[0]}"
+    total = sum(first.values())
+    if total > time_budget:
+        return {name: np.array([seconds]) for name, seconds in first.items()}, answers, failures
+    timings = interleaved_timings(
+        {name: methods[name].run for name in first},
+        repeats=int(np.clip(time_budget / total, 1, repeats)),
+        warmup=0,
+        inner_loops={
+            name: int(np.clip(_SHORTEST_MEASUREMENT / seconds, 1, _MOST_INNER_LOOPS)) for name, seconds in first.items()
+        },
+    )
+    return {name: np.array(timing.seconds) for name, timing in timings.items()}, answers, failures
+
+
+def _rows(
+    run: GeometryRun, problem: Problem, methods: Mapping[str, Method], points: np.ndarray
+) -> list[dict[str, Any]]:
+    seconds, answers, failures = measure_methods(methods, repeats=run.repeats, time_budget=run.time_budget)
+    exact = answers[OURS].value
+    baseline = float(np.median(seconds[problem.baseline]))
+    rows = []
+    for name, method in methods.items():
+        row: dict[str, Any] = {
+            "distribution": run.distribution,
+            "n": len(points),
+            "method": name,
+            "kind": method.kind,
+            "variant": run.variant,
+            "status": failures.get(name, "measured"),
+        }
+        if name in seconds:
+            median = float(np.median(seconds[name]))
+            row |= {
+                "seconds": median,
+                "seconds_min": float(seconds[name].min()),
+                "seconds_max": float(seconds[name].max()),
+                "rounds": len(seconds[name]),
+                "speedup": baseline / median,
+                "answer_size": len(answers[name].value),
+                **problem.error(points, exact, answers[name].value, answers[name].moved),
+            }
+            if method.kind == "advise" and not row["same_answer"] and run.problem != "triangulation":
+                raise RuntimeError(f"{name} differs from the exact answer on {run.distribution}, n = {len(points)}")
+        rows.append(row)
+    return rows
+
+
+@functools.lru_cache(maxsize=64)
+def _trained(distribution: str, seed: int, settings: EntropyNetSettings) -> TrainedEntropyNet:
+    """The problems share their networks: training knows nothing of the problem."""
+    return train_entropy_net(load_points(distribution, TRAINING_POINTS, seed), settings, seed)
+
+
+@functools.lru_cache
+def _warm_up(problem: str) -> None:
+    """Compilation and first-use costs belong to no method."""
+    points = load_points("disk", 3000, 0)
+    trained = train_entropy_net(points, EntropyNetSettings(steps=1), 0)
+    for method in build_methods(PROBLEMS[problem], trained.net, trained.net.advice(points), points).values():
+        method.run()
+
+
+def _displacement(trained: TrainedEntropyNet, sample: np.ndarray) -> dict[str, float]:
+    """Surrogate entropy before and after rewriting, and how far points moved in units of half the extent."""
+    net = trained.net
+    moved = net.rewrite(sample)
+    steps = np.hypot(*(moved - sample).T) / net.scale.item()
+    with torch.no_grad():
+        before, after = net.surrogate(net.normalise(sample)), net.surrogate(net.normalise(moved))
+    return {
+        "entropy_before": before.item(),
+        "entropy_after": after.item(),
+        "step_mean": float(steps.mean()),
+        "step_max": float(steps.max()),
+    }
+
+
+def _short(points: np.ndarray) -> list[list[float]]:
+    return [[float(f"{x:.4g}"), float(f"{y:.4g}")] for x, y in points]
+
+
+def _chosen(names: Sequence[str], allowed: Sequence[str] | None) -> list[str]:
+    """The names that the profile admits, or the first one when it admits none of them."""
+    kept = [name for name in names if allowed is None or name in allowed]
+    return kept or list(names[:1])
+
+
+def _sizes(sizes: Sequence[int], limit: int) -> tuple[int, ...]:
+    kept = tuple(sorted(n for n in sizes if n <= limit)) or (limit,)
+    if kept[0] < 10:
+        raise ConfigError(f"sizes must be at least 10, got {kept[0]}")
+    return kept
+
+
+def _training(values: Mapping[str, Any], time_scale: float) -> EntropyNetSettings:
+    known = {field.name for field in fields(EntropyNetSettings)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ConfigError(f"unknown training setting '{unknown[0]}', known are {', '.join(sorted(known))}")
+    try:
+        settings = EntropyNetSettings(**values)
+    except (InputError, TypeError) as error:
+        raise ConfigError(f"training settings: {error}") from error
+    return replace(settings, steps=max(1, round(settings.steps * time_scale)))

@@ -1,0 +1,178 @@
+"""What the geometry claims of the paper come to, computed from the records of the geometry experiment.
+
+The claims name no data sets. Ours are weighed alike: the value of a speed-up claim is the geometric mean over all data
+sets at the largest size that they share, with the network's pass counted, and the reason names the best and the worst
+one. "Up to" claims take the best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from entreg.records.claims import Evidence, register_measure
+from entreg.records.formatting import number, percent, ratio
+from entreg.records.geometry_study import (
+    ADVISE,
+    EXPERIMENTS,
+    OURS,
+    REWRITE,
+    REWRITE_FREE,
+    Study,
+    extreme,
+    label,
+)
+from entreg.records.geometry_tables import distribution_label
+from entreg.records.statistics import mean_and_interval
+
+Records = list[dict[str, Any]]
+
+CLAIMED_ERROR = 0.002
+
+
+@register_measure("geo-hull-speed", experiments=("geometry/hull",))
+def hull_speed(records: Records) -> Evidence | None:
+    """Geometric mean over data sets of Qhull's time over network and Qhull on the rewritten points."""
+    return _mean_speedup(records, ("plain_filter", "jitter", "rounding_float32", "rounding_grid", OURS, ADVISE))
+
+
+@register_measure("geo-tri-speed", experiments=("geometry/triangulation",))
+def triangulation_speed(records: Records) -> Evidence | None:
+    """The same for the Delaunay triangulation."""
+    return _mean_speedup(records, ("jitter", "shull", "triangle", OURS, ADVISE))
+
+
+@register_measure("geo-error", experiments=("geometry/hull", "geometry/triangulation"))
+def error(records: Records) -> Evidence | None:
+    """Mean over data sets and seeds of the relative area error of the hull of the rewritten points, in per cent."""
+    hull_records = [r for r in records if r["experiment"] == "geometry/hull"]
+    study = Study(hull_records)
+    if not study.sizes:
+        return None
+    areas = study.by_distribution(REWRITE, "area_error")
+    per_seed: dict[int, list[float]] = {}
+    for name in study.distributions:
+        for seed, row in study.rows(name, study.size_of(name), REWRITE).items():
+            per_seed.setdefault(seed, []).append(100.0 * row["area_error"])
+    if not per_seed:
+        return None
+    estimate = mean_and_interval([sum(values) / len(values) for values in per_seed.values()])
+    worst, best = extreme(areas), extreme(areas, min)
+    within = [name for name, value in areas.items() if value < CLAIMED_ERROR]
+    reasons = [
+        f"{study.size_text()}: below 0.2 % on {len(within)} of {len(areas)} data sets, best {_named(best, percent)}, "
+        f"worst {_named(worst, percent)}",
+        f"Hausdorff distance up to {_named(extreme(study.by_distribution(REWRITE, 'hausdorff')), percent)} of the "
+        "diameter",
+    ]
+    triangulated = Study([r for r in records if r["experiment"] == "geometry/triangulation"])
+    if triangulated.sizes:
+        kept = triangulated.by_distribution(REWRITE, "edges_kept")
+        lost = {name: 1.0 - value for name, value in kept.items()}
+        if lost:
+            reasons.append(
+                f"of the Delaunay edges {_named(extreme(lost, min), percent)} to {_named(extreme(lost), percent)} "
+                "are lost"
+            )
+    reasons.append("classical exact methods and learned advice have no error")
+    return Evidence(
+        value=estimate.mean,
+        interval=estimate.interval,
+        scale=hull_records[0]["scale"],
+        record_ids=[r["id"] for r in records],
+        reason="; ".join(reasons),
+        unit="%",
+    )
+
+
+@register_measure("geo-v1-speed", experiments=EXPERIMENTS)
+def largest_speed(records: Records) -> Evidence | None:
+    """The largest speed-up of rewriting over problems and data sets, network's pass counted."""
+    best: tuple[float, str, str, Study] | None = None
+    free = 0.0
+    for experiment in EXPERIMENTS:
+        chosen = [r for r in records if r["experiment"] == experiment]
+        study = Study(chosen)
+        if not study.sizes:
+            continue
+        top = extreme(study.by_distribution(REWRITE, "speedup"))
+        given = extreme(study.by_distribution(REWRITE_FREE, "speedup"))
+        if top is not None and (best is None or top[1] > best[0]):
+            best = (top[1], experiment, top[0], study)
+        if given is not None:
+            free = max(free, given[1])
+    if best is None:
+        return None
+    value, experiment, name, study = best
+    n = study.size_of(name)
+    estimate = study.speedup(name, n, REWRITE)
+    area = mean_and_interval(study.values(name, n, REWRITE, "area_error")).mean
+    others = [
+        f"{label(method)}: {ratio(study.speedup(name, n, method).mean)}"
+        for method in study.methods
+        if method in ("plain_filter", "shull", "jitter", "rounding_grid", OURS, ADVISE) and study.rows(name, n, method)
+    ]
+    kind = "hypervolume error" if experiment == "geometry/pareto_front" else "area error"
+    return Evidence(
+        value=value,
+        interval=estimate.interval,
+        scale=records[0]["scale"],
+        record_ids=[r["id"] for r in records],
+        reason=(
+            f"{experiment.partition('/')[2].replace('_', ' ')} of {distribution_label(name)}, n = {number(n)}, at "
+            f"{percent(area)} {kind}; there {', '.join(others)}"
+        ),
+        unit="x",
+        alternative=free,
+    )
+
+
+def _mean_speedup(records: Records, others: Sequence[str]) -> Evidence | None:
+    study = Study(records)
+    if not study.sizes:
+        return None
+    failed = study.failed(REWRITE)
+    estimate = study.mean_speedup(REWRITE, without=failed)
+    free = study.mean_speedup(REWRITE_FREE, without=failed)
+    if estimate is None or free is None:
+        return None
+    speedups = study.by_distribution(REWRITE, "speedup")
+    areas = study.by_distribution(REWRITE, "area_error")
+    reasons = [_where(study.size_text(), speedups, areas)]
+    if failed:
+        names = ", ".join(distribution_label(name) for name in failed)
+        reasons.append(f"no result on {names}, which the mean leaves out")
+    if estimate.mean < 2.5 <= free.mean:
+        reasons.append("only without the network's own time")
+    compared = []
+    for method in others:
+        mean = study.mean_speedup(method)
+        if mean is not None:
+            errors = study.by_distribution(method, "area_error")
+            exactness = "exact" if max(errors.values()) == 0.0 else f"error up to {percent(max(errors.values()))}"
+            compared.append(f"{label(method)}: {ratio(mean.mean)} ({exactness})")
+    reasons.append("without learning or without error: " + ", ".join(compared))
+    return Evidence(
+        value=estimate.mean,
+        interval=estimate.interval,
+        scale=records[0]["scale"],
+        record_ids=[r["id"] for r in records],
+        reason="; ".join(reasons),
+        unit="x",
+        alternative=free.mean,
+    )
+
+
+def _where(sizes: str, speedups: Mapping[str, float], areas: Mapping[str, float]) -> str:
+    best, worst = extreme(speedups), extreme(speedups, min)
+    reached = [
+        f"{distribution_label(name)} {ratio(value)} at {percent(areas[name])}"
+        for name, value in sorted(speedups.items(), key=lambda item: -item[1])
+        if value >= 4.0
+    ]
+    text = f"{sizes}, {len(speedups)} data sets: best {_named(best, ratio)}, worst {_named(worst, ratio)}"
+    return text + "; 4x or more " + (f"on {', '.join(reached)} area error" if reached else "nowhere")
+
+
+def _named(item: tuple[str, float] | None, text: Any) -> str:
+    return "not measured" if item is None else f"{text(item[1])} ({distribution_label(item[0])})"

@@ -1,0 +1,213 @@
+"""Figures of the geometry experiment: speed-up against error, point sets before and after, sensitivity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from entreg.records.figures import PALETTE, method_styles, new_figure, register_figure
+from entreg.records.geometry_study import (
+    ADVISE,
+    BASELINES,
+    EXPERIMENTS,
+    OURS,
+    REWRITE,
+    REWRITE_FREE,
+    Study,
+)
+from entreg.records.geometry_tables import TITLES, distribution_label
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Records = list[dict[str, Any]]
+
+# Legend name to the methods it stands for, in the order of the legend.
+_GROUPS: dict[str, tuple[str, ...]] = {
+    "entropy net, rewrite": (REWRITE,),
+    "the same, its own time not counted": (REWRITE_FREE,),
+    "entropy net, advise": (ADVISE,),
+    "entreg": (OURS,),
+    "other exact methods": ("plain_filter", "shull", "triangle"),
+    "reordered input": tuple(f"{b}_{o}" for b in ("qhull", "numpy_lexsort") for o in ("x_sorted", "hilbert", "kmeans")),
+    "rounding, no learning": ("rounding_float32", "rounding_grid"),
+    "jitter, no learning": ("jitter",),
+}
+
+# Errors at or below this are drawn at the left edge, which is labelled "exact".
+_SMALLEST_ERROR = 1e-5
+
+
+@register_figure("geometry-net-tradeoff", experiments=EXPERIMENTS)
+def tradeoff(records: Records) -> Figure | None:
+    """One panel per problem: every method on every data set, error across, speed-up upwards."""
+    studies = {e: Study([r for r in records if r["experiment"] == e]) for e in EXPERIMENTS}
+    present = [experiment for experiment, study in studies.items() if study.sizes]
+    if not present:
+        return None
+    figure, grid = new_figure(1, len(present), width=4.6 * len(present), height=4.9, squeeze=False, sharey=True)
+    styles = method_styles(list(_GROUPS))
+    handles: dict[str, Any] = {}
+    for axes, experiment in zip(grid[0], present, strict=True):
+        study = studies[experiment]
+        axes.axhline(1.0, color="#555555", linewidth=0.8)
+        axes.fill_between(
+            [_SMALLEST_ERROR / 2, 0.002], 4.0, 5.0, color="#F0E442", alpha=0.6, linewidth=0, label="the paper's claim"
+        )
+        for name, methods in _GROUPS.items():
+            style = styles[name]
+            points = [point for method in methods for point in _points(study, method)]
+            if points:
+                x, y = np.array(points).T
+                marks = axes.scatter(
+                    np.maximum(x, _SMALLEST_ERROR),
+                    y,
+                    s=34,
+                    color=style["color"],
+                    marker=style["marker"],
+                    alpha=0.75,
+                    linewidths=0,
+                    label=name,
+                    zorder=3,
+                )
+                handles.setdefault(name, marks)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlim(_SMALLEST_ERROR / 2, 1.0)
+        ticks = [_SMALLEST_ERROR, 1e-4, 1e-3, 1e-2, 1e-1, 1.0]
+        axes.set_xticks(ticks, ["exact", "0.01 %", "0.1 %", "1 %", "10 %", "100 %"])
+        axes.set_title(TITLES[experiment])
+        axes.set_xlabel("Delaunay edges lost" if experiment.endswith("triangulation") else "relative area error")
+        axes.set_ylabel(f"speed-up over {BASELINES[experiment]}")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def _points(study: Study, method: str) -> list[tuple[float, float]]:
+    speedups = study.by_distribution(method, "speedup")
+    kept = study.by_distribution(method, "edges_kept")
+    errors = {name: 1.0 - value for name, value in kept.items()} or study.by_distribution(method, "area_error")
+    return [(errors[name], speedups[name]) for name in sorted(speedups)]
+
+
+@register_figure("geometry-net-rewriting", experiments=("geometry/hull",))
+def rewriting(records: Records) -> Figure | None:
+    """Some points of three data sets before and after rewriting, each with its hull."""
+    from scipy.spatial import ConvexHull
+
+    with_sample = {r["config"]["distribution"]: r for r in records if "sample_before" in r["metrics"]}
+    wanted = [name for name in ("circle", "parabola", "cities", "square", "disk") if name in with_sample][:3]
+    if not wanted:
+        return None
+    figure, grid = new_figure(1, len(wanted), width=4.2 * len(wanted), height=4.4, squeeze=False)
+    for axes, name in zip(grid[0], wanted, strict=True):
+        record = with_sample[name]
+        before = np.array(record["metrics"]["sample_before"])
+        after = np.array(record["metrics"]["sample_after"])
+        steps = np.stack([before, after], axis=1)
+        for start, stop in steps[:: max(1, len(steps) // 120)]:
+            axes.plot(*np.stack([start, stop]).T, color="#BBBBBB", linewidth=0.6, zorder=1)
+        for points, color, text in ((before, PALETTE[7], "before"), (after, PALETTE[0], "after rewriting")):
+            axes.scatter(*points.T, s=6, color=color, linewidths=0, label=text, zorder=2)
+            corners = points[ConvexHull(points).vertices]
+            axes.plot(*np.concatenate([corners, corners[:1]]).T, color=color, linewidth=1.0, zorder=3)
+        axes.set_aspect("equal" if name != "parabola" else "auto")
+        axes.set_title(f"{distribution_label(name)}: {_summary(record)}")
+        axes.grid(False)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return figure
+
+
+def _summary(record: Mapping[str, Any]) -> str:
+    study = Study([record])
+    n = study.sizes[-1]
+    name = record["config"]["distribution"]
+    speedups, areas = study.values(name, n, REWRITE, "speedup"), study.values(name, n, REWRITE, "area_error")
+    if not speedups:
+        return "failed"
+    return f"{speedups[0]:.2g}x, area off by {100 * areas[0]:.2g} %"
+
+
+_FACTORS = {
+    "entropy_weight": "weight of the entropy",
+    "num_cells": "cells",
+    "sharpness": "sharpness",
+    "initialization": "initialisation",
+}
+
+
+@register_figure("geometry-sensitivity", experiments=("geometry/sensitivity",))
+def sensitivity(records: Records) -> Figure | None:
+    """One column per factor: speed-up above, area error below; one line per data set and surrogate."""
+    records = [r for r in records if "variant" in r["config"]]
+    bases = {
+        r["config"]["training"]["surrogate"]: r["config"]["training"]
+        for r in records
+        if r["config"]["variant"] in ("default", r["config"]["training"]["surrogate"])
+    }
+    if not bases:
+        return None
+    figure, grid = new_figure(2, len(_FACTORS), width=13.0, height=6.0, sharex="col", sharey="row")
+    distributions = sorted({r["config"]["distribution"] for r in records})
+    lines = [(s, d) for s in sorted(bases, reverse=True) for d in distributions]
+    styles = method_styles([f"{s}, {distribution_label(d)}" for s, d in lines])
+    for column, (factor, title) in enumerate(_FACTORS.items()):
+        upper, lower = grid[0][column], grid[1][column]
+        lines_here = {}
+        for surrogate, distribution in lines:
+            values = _along(records, bases[surrogate], factor, distribution)
+            if len(values) > 1:
+                lines_here[surrogate, distribution] = values
+        ticks = sorted({value for values in lines_here.values() for value in values}, key=_tick_order)
+        for (surrogate, distribution), values in lines_here.items():
+            chosen = [v for v in ticks if v in values]
+            x = [ticks.index(v) for v in chosen]
+            style = styles[f"{surrogate}, {distribution_label(distribution)}"]
+            if factor == "initialization":
+                style = {**style, "linestyle": "none"}
+            for axes, position in ((upper, 0), (lower, 1)):
+                axes.plot(x, [np.mean(values[v][position]) for v in chosen], **style)
+                axes.vlines(
+                    x,
+                    [min(values[v][position]) for v in chosen],
+                    [max(values[v][position]) for v in chosen],
+                    color=style["color"],
+                    linewidth=0.8,
+                )
+        upper.axhline(1.0, color="#555555", linewidth=0.8)
+        lower.axhline(0.2, color="#555555", linewidth=0.8)
+        upper.set_title(title)
+        lower.set_xticks(range(len(ticks)), [v if isinstance(v, str) else f"{v:g}" for v in ticks])
+    grid[0][0].set_yscale("log")
+    grid[0][0].set_ylabel("speed-up over Qhull, network counted")
+    grid[1][0].set_yscale("symlog", linthresh=0.01)
+    grid[1][0].set_ylabel("area error, % (line: the paper's 0.2 %)")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    return figure
+
+
+def _along(
+    records: Records, base: Mapping[str, Any], factor: str, distribution: str
+) -> dict[Any, tuple[list[float], list[float]]]:
+    """Value of the factor to speed-ups and area errors (per cent) by seed, everything else as in ``base``."""
+    result: dict[Any, tuple[list[float], list[float]]] = {}
+    for record in records:
+        config = record["config"]
+        training = config["training"]
+        same = all(training[key] == value for key, value in base.items() if key != factor)
+        if not same or config["distribution"] != distribution:
+            continue
+        for row in record["rows"]:
+            if row["method"] == REWRITE and row["status"] == "measured":
+                speedups, errors = result.setdefault(training[factor], ([], []))
+                speedups.append(row["speedup"])
+                errors.append(100.0 * row["area_error"])
+    return result
+
+
+def _tick_order(value: Any) -> tuple[int, Any]:
+    return (1, value) if isinstance(value, str) else (0, value)

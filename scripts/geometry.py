@@ -1,0 +1,26 @@
+"""Run the geometry experiment, save its records, print its tables and how they compare with the reference.
+
+python scripts/geometry.py                                          the whole study (see configs/experiment/geometry)
+python scripts/geometry.py profile=reproduce                        its key rows in ten minutes
+python scripts/geometry.py profile=smoke store=outputs/smoke        in seconds
+python scripts/geometry.py experiment=geometry/hull distributions=[cities] seeds=[0] training.entropy_weight=0.1
+python scripts/geometry.py -m +sweep=geometry_ablation              the sensitivity study as a Hydra multirun
+"""
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from entreg.cli import command_line, hydra_main
+from entreg.evaluation.geometry_experiment import experiment_configs, plan_runs, run_all
+from entreg.evaluation.geometry_report import report
+
+
+@hydra_main("geometry")
+def main(config: DictConfig) -> None:
+    runs = [run for one in experiment_configs(config, HydraConfig.get().overrides.task) for run in plan_runs(one)]
+    records = run_all(runs, store=config.store, command=command_line(), force=config.force)
+    print(report(records, config.store))
+
+
+if __name__ == "__main__":
+    main()
