@@ -42,7 +42,8 @@ def _count_outside(points: np.ndarray, chain: np.ndarray, wanted: int) -> int:
     for i in range(points.shape[0]):
         x = points[i, 0]
         if not xs[0] <= x <= xs[last]:
-            outside += 1
+            # Both chains span the same range: only the lower one counts these.
+            outside += 1 if wanted > 0 else 0
             continue
         low, high = 0, last
         while high - low > 1:
@@ -285,7 +286,7 @@ def triangle_set_fingerprint(simplices: np.ndarray) -> tuple[int, np.uint64]:
     """
     total = np.uint64(0)
     for t in range(simplices.shape[0]):
-        a, b, c = simplices[t, 0], simplices[t, 1], simplices[t, 2]
+        a, b, c = np.int64(simplices[t, 0]), np.int64(simplices[t, 1]), np.int64(simplices[t, 2])
         low, high = min(a, b, c), max(a, b, c)
         state = np.uint64(0)
         for corner in (low, a + b + c - low - high, high):
