@@ -216,7 +216,7 @@ def _triangulate_serially(points, adaptive, column_limit):
         ordered_exact = np.empty(2 * count, np.float64)
         gather(exact, packed, ordered_exact, original, 0, count)
     links = np.empty(WORDS_PER_POINT * count, np.uint32)
-    handle, _ = merge_cells(ordered, ordered_exact, links, levels, 0, count)
+    handle, _, _ = merge_cells(ordered, ordered_exact, links, levels, 0, count)
     boundary = mark_outside(links, handle)
     triangles = 2 * count - 2 - boundary
     simplices = np.empty((triangles, 3), np.int32)
@@ -279,7 +279,8 @@ def _triangulate_in_blocks(
         lambda start, stop: merge_cells(ordered, ordered_exact, links, levels, start, stop),
         blocks,
     )
-    handles, free = np.array(done, np.int64).T.copy()
+    done = np.array(done, np.int64)
+    handles, free = done[:, :2].copy(), done[:, 2].copy()
     block_levels = levels[np.array([*starts[1:], count], np.int64) - 1].astype(np.int64)
     handle = merge_blocks(ordered, ordered_exact, links, free, handles, block_levels)
 

@@ -9,8 +9,9 @@ An edge is a pair of directed edges e and e ^ 1. Directed edge e owns four words
 its destination, the next and the previous edge around its origin (counter-clockwise), and a word for the
 triangle on its left, NONE in a free slot. Unsigned words spare the negative-index check on every access.
 
-A triangulation in the making is known by a handle: a directed edge with the outside on its left, or -1 - p for the
-lone point p. ``pool`` holds the first free edge and the first slot never used.
+A triangulation in the making is known by two handles: directed edges with the outside on their left, outermost on its
+last seam (both -1 - p for the lone point p). Having two keeps the way to any hull vertex short where most points lie
+on the hull. ``pool`` holds the first free edge and the first slot never used.
 """
 
 import numpy as np
@@ -50,27 +51,30 @@ def merge_cells(scaled, exact, links, levels, start, stop):
             :mod:`entreg.geometry.delaunay_order`.
 
     Returns:
-        Handle of the triangulation, and the first of the free slots, which are linked and marked as free.
+        The two handles of the triangulation, and the first of the free slots, which are linked and marked as free.
     """
     pool = np.empty(2, np.int64)
     pool[0] = NONE
     pool[1] = 6 * start
     # From bottom to top of the stack the levels fall.
-    handles = np.empty(min(stop - start, MOST_LEVELS), np.int64)
-    seams = np.empty_like(handles)
+    handles = np.empty((min(stop - start, MOST_LEVELS), 2), np.int64)
+    seams = np.empty(handles.shape[0], np.int64)
     depth = 0
     for i in range(start, stop):
-        handle = np.int64(-1 - i)
+        lower = upper = np.int64(-1 - i)
         level = np.int64(levels[i]) if i + 1 < stop else np.int64(TOP_LEVEL)
         while depth > 0 and seams[depth - 1] <= level:
             depth -= 1
-            handle = _merge(scaled, exact, links, pool, handles[depth], handle, seams[depth])
-        handles[depth] = handle
+            lower, upper = _merge(
+                scaled, exact, links, pool, handles[depth, 0], handles[depth, 1], lower, upper, seams[depth]
+            )
+        handles[depth, 0] = lower
+        handles[depth, 1] = upper
         seams[depth] = level
         depth += 1
     for edge in range(pool[1], 6 * stop, 2):
         _free_edge(links, pool, edge)
-    return handles[0], pool[0]
+    return handles[0, 0], handles[0, 1], pool[0]
 
 
 @njit(cache=True, nogil=True)
@@ -80,11 +84,11 @@ def merge_blocks(scaled, exact, links, free, handles, levels):
     Args:
         scaled, exact, links: As for :func:`merge_cells`.
         free: ``(blocks,)`` int64, the first free slots that :func:`merge_cells` left.
-        handles: ``(blocks,)`` int64, changed.
+        handles: ``(blocks, 2)`` int64, changed.
         levels: ``(blocks,)`` int64, changed; ``levels[k]`` is that between the last point of block k and the next.
 
     Returns:
-        Handle of the triangulation.
+        A handle of the triangulation.
     """
     blocks = handles.shape[0]
     pool = np.empty(2, np.int64)
@@ -97,28 +101,37 @@ def merge_blocks(scaled, exact, links, free, handles, levels):
             edge = following
     depth = 0
     for k in range(blocks):
-        handle = handles[k]
+        lower, upper = handles[k, 0], handles[k, 1]
         level = levels[k] if k + 1 < blocks else np.int64(TOP_LEVEL)
         while depth > 0 and levels[depth - 1] <= level:
             depth -= 1
-            handle = _merge(scaled, exact, links, pool, handles[depth], handle, levels[depth])
-        handles[depth] = handle
+            lower, upper = _merge(
+                scaled, exact, links, pool, handles[depth, 0], handles[depth, 1], lower, upper, levels[depth]
+            )
+        handles[depth, 0] = lower
+        handles[depth, 1] = upper
         levels[depth] = level
         depth += 1
-    return handles[0]
+    return handles[0, 0]
 
 
 @njit(cache=True, nogil=True)
-def _merge(scaled, exact, links, pool, below, above, level):
-    """Merge two triangulations that a line separates: ``below`` is left of it (level even) or below it (odd)."""
+def _merge(scaled, exact, links, pool, below, below_upper, above, above_upper, level):
+    """Merge two triangulations that a line separates, the first left of it (level even) or below it (odd).
+
+    Returns:
+        The two handles of the result: its outermost edges across the line.
+    """
     if below < 0 and above < 0:
         edge = _take_edge(links, pool)
         for end, tip in ((edge, -1 - below), (edge ^ 1, -1 - above)):
             links[WORDS * end] = tip
             links[WORDS * end + NEXT] = end
             links[WORDS * end + PREVIOUS] = end
-        return edge
-    left_edge, left, right_edge, right = _lower_tangent(scaled, exact, links, below, above, level & 1)
+        return edge, edge ^ 1
+    left_edge, left, right_edge, right = _lower_tangent(
+        scaled, exact, links, below, below_upper, above, above_upper, level & 1
+    )
     # The base runs from right to left, with the finished part on its left; ``twin`` is its reverse.
     base = _take_edge(links, pool)
     twin = base ^ 1
@@ -134,7 +147,7 @@ def _merge(scaled, exact, links, pool, below, above, level):
         links[WORDS * twin + PREVIOUS] = twin
     else:
         _insert_after(links, twin, left_edge)
-    handle = base
+    lower = base
     left_x, left_y = scaled[2 * left], scaled[2 * left + 1]
     right_x, right_y = scaled[2 * right], scaled[2 * right + 1]
     while True:
@@ -199,7 +212,7 @@ def _merge(scaled, exact, links, pool, below, above, level):
             doubt = ANGLE_BOUND * (right_span * left_span) + MARGIN
             left_found = excess > doubt or (excess >= -doubt and not is_inside(exact, left, right, left_tip, right_tip))
         elif not (left_found or right_found):
-            return handle
+            return lower, twin
         edge = _take_edge(links, pool)
         reverse = edge ^ 1
         # Selections instead of a branch: which side advances is as good as random.
@@ -218,7 +231,7 @@ def _merge(scaled, exact, links, pool, below, above, level):
 
 
 @njit(cache=True, nogil=True)
-def _lower_tangent(scaled, exact, links, below, above, axis):
+def _lower_tangent(scaled, exact, links, below, below_upper, above, above_upper, axis):
     """Where the first edge between two triangulations goes.
 
     Returns:
@@ -229,12 +242,12 @@ def _lower_tangent(scaled, exact, links, below, above, axis):
     if below < 0:
         left = -1 - below
     else:
-        left_edge = _climb(exact, links, below, axis, True)
+        left_edge = _climb(exact, links, below, below_upper, axis, True)
         left = np.int64(links[WORDS * (left_edge ^ 1)])
     if above < 0:
         right = -1 - above
     else:
-        right_edge = np.int64(links[WORDS * _climb(exact, links, above, axis, False) + NEXT])
+        right_edge = np.int64(links[WORDS * _climb(exact, links, above, above_upper, axis, False) + NEXT])
         right = np.int64(links[WORDS * (right_edge ^ 1)])
     moved = True
     while moved:
@@ -256,10 +269,14 @@ def _lower_tangent(scaled, exact, links, below, above, axis):
 
 
 @njit(cache=True, nogil=True)
-def _climb(exact, links, handle, axis, to_last):
+def _climb(exact, links, lower, upper, axis, to_last):
     """The hull edge, outside on its left, whose origin is the last (or first) vertex along an axis."""
-    edge = handle
+    edge = lower
     origin = np.int64(links[WORDS * (edge ^ 1)])
+    other = np.int64(links[WORDS * (upper ^ 1)])
+    if _precedes(exact, axis, origin, other) == to_last:
+        edge = upper
+        origin = other
     tip = np.int64(links[WORDS * edge])
     if _precedes(exact, axis, origin, tip) == to_last:
         # The hull is convex: along it the rank rises to the extreme and falls behind it.
