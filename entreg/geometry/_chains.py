@@ -151,8 +151,8 @@ def hull_of_candidates(points, candidates, everything):
         return np.empty(0, np.int64)
     first_x, first_y, first = lower_line[0]
     last_x, last_y, last = lower_line[4]
-    lower_size = _close_polyline(lower_line)
-    upper_size = _close_polyline(upper_line)
+    lower_knots = _close_polyline(lower_line)
+    upper_knots = _close_polyline(upper_line)
     lower = 0
     upper = count
     for k in range(count):
@@ -161,13 +161,13 @@ def hull_of_candidates(points, candidates, everything):
         y = np.float64(points[index, 1])
         if (low_x < x) & (x < high_x) & (low_y < y) & (y < high_y):
             continue
-        if _side_of_polyline(lower_line, lower_size, x, y) <= 0:
+        if _side_of_polyline(lower_line, lower_knots, x, y) <= 0:
             if not ((x == first_x and y == first_y) or (x == last_x and y == last_y)):
                 records[lower, 0] = x
                 records[lower, 1] = y
                 records[lower, 2] = index
                 lower += 1
-        elif _side_of_polyline(upper_line, upper_size, x, -y) <= 0:
+        elif _side_of_polyline(upper_line, upper_knots, x, -y) <= 0:
             upper -= 1
             records[upper, 0] = x
             records[upper, 1] = -y
@@ -270,10 +270,13 @@ def _write_record(row, points, index, y_sign):
 
 @njit(cache=True, nogil=True)
 def _close_polyline(line):
-    """Keep of the five records those that make the polyline from first to last convex from below; returns their number.
+    """Keep of the five records those that make the polyline from first to last convex from below.
 
     Every point of the polyline is then on or below the line through its ends, so what is strictly above that line is
     strictly above the polyline.
+
+    Returns:
+        The x of its up to three inner points, in order, filled up with infinity.
     """
     size = 1
     for k in range(1, 4):
@@ -285,15 +288,17 @@ def _close_polyline(line):
     while size > 1 and _turn(line, size - 2, size - 1, 4) <= 0:
         size -= 1
     copy_record(line, 4, line, size)
-    return size + 1
+    return (
+        line[1, 0] if size > 1 else np.inf,
+        line[2, 0] if size > 2 else np.inf,
+        line[3, 0] if size > 3 else np.inf,
+    )
 
 
 @njit(cache=True, nogil=True)
-def _side_of_polyline(line, size, x, y):
+def _side_of_polyline(line, knots, x, y):
     """Sign of the height of (x, y) above the polyline's edge at x (exact)."""
-    k = 1
-    while k < size - 1 and line[k, 0] <= x:
-        k += 1
+    k = 1 + (knots[0] <= x) + (knots[1] <= x) + (knots[2] <= x)
     return orient2d(line[k - 1, 0], line[k - 1, 1], line[k, 0], line[k, 1], x, y)
 
 

@@ -30,12 +30,11 @@ def assign_slabs(points, candidates, everything, ends, origin, scale, slabs, sta
         x = np.float64(points[index, 0])
         y = np.float64(points[index, 1])
         turn = orient2d(first_x, first_y, last_x, last_y, x, y)
-        label = -1
-        if turn != 0:
-            label = bin_of(x, origin, scale, slabs - 2)
-            if turn > 0:
-                label += slabs
-            counts[label] += 1
+        if turn == 0:
+            labels[k] = -1
+            continue
+        label = bin_of(x, origin, scale, slabs - 2) + slabs * np.int64(turn > 0)
+        counts[label] += 1
         labels[k] = label
     return counts
 

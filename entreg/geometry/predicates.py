@@ -48,10 +48,9 @@ def orient2d(ax, ay, bx, by, cx, cy):
     right = (ay - cy) * (bx - cx)
     determinant = left - right
     bound = _ORIENT_BOUND * (abs(left) + abs(right)) + _ORIENT_MARGIN
-    if determinant > bound:
-        return 1
-    if determinant < -bound:
-        return -1
+    # One predictable branch: on random input the sign itself is a coin toss.
+    if abs(determinant) > bound:
+        return _sign(determinant)
     return orient2d_exact(ax, ay, bx, by, cx, cy)
 
 
@@ -84,10 +83,8 @@ def incircle(ax, ay, bx, by, cx, cy, dx, dy):
     determinant = a_lift * (bc - cb) + b_lift * (ca - ac) + c_lift * (ab - ba)
     permanent = (abs(bc) + abs(cb)) * a_lift + (abs(ca) + abs(ac)) * b_lift + (abs(ab) + abs(ba)) * c_lift
     bound = _INCIRCLE_BOUND * permanent + _INCIRCLE_MARGIN * (a_lift + b_lift + c_lift + 1.0)
-    if determinant > bound:
-        return 1
-    if determinant < -bound:
-        return -1
+    if abs(determinant) > bound:
+        return _sign(determinant)
     return incircle_exact(ax, ay, bx, by, cx, cy, dx, dy)
 
 
