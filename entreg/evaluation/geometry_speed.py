@@ -56,7 +56,7 @@ _CLUSTERS = 32
 _SHORTEST_MEASUREMENT = 2e-3
 _MOST_INNER_LOOPS = 500
 _FEWEST_ROUNDS = 3
-_SIDE_LINE_SHARE = 0.25
+_SIDE_LINE_SHARE = 0.05
 
 
 # --- point sets ----------------------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ def measure(
         family: what to compare.
         points: ``(n, 2)`` float64.
         repeats: rounds of the interleaved timing, at least 1.
-        time_budget: seconds that one method may spend in its timed rounds; a quarter of it for reordered inputs and
+        time_budget: seconds that one method may spend in its timed rounds; a twentieth of it for reordered inputs and
             conversions. A method too slow for all rounds gets fewer, but at least three.
         expected: method to expected seconds of one run; a method expected to exceed its budget is not run.
 
