@@ -24,15 +24,24 @@ _MOST_RUNS = 16
 
 
 def hull_by_filter(
-    points: np.ndarray, threads: int, sample_size: int, bins: int, worthwhile: float, tasks: int
+    points: np.ndarray,
+    threads: int,
+    sample_size: int,
+    bins: int,
+    worthwhile: float,
+    filter_tasks: int,
+    tasks: int,
 ) -> np.ndarray:
-    """Hull of what a filter keeps; without the filter when it would keep more than the share ``worthwhile``."""
+    """Hull of what a filter keeps; without the filter when it would keep more than the share ``worthwhile``.
+
+    The filter's pass is cut into ``filter_tasks`` chunks for the threads, everything slower into ``tasks``.
+    """
     n = points.shape[0]
     sample = sample_positions(n, sample_size)
     sample_hull = hull_of_candidates(points, sample, False)
     table, origin, scale, share = interior_table(points, sample, sample_hull, bins)
     if share <= worthwhile:
-        candidates = keep_in_chunks(points, table, origin, scale, threads, tasks)
+        candidates = keep_in_chunks(points, table, origin, scale, threads, filter_tasks)
         if candidates.shape[0] >= _SLABS_FROM:
             return hull_by_slabs(points, threads, candidates, tasks, slab_count(candidates.shape[0]))
         return hull_of_candidates(points, candidates, False)

@@ -15,7 +15,7 @@ from entreg.geometry.validation import as_points, first_nonfinite_row, nonfinite
 # Sizes at which each stage begins to pay, measured on uniform, Gaussian and disk input.
 _SMALL = 64
 _FILTER_FROM = 1_500
-_THREADS_FROM = 100_000
+_THREADS_FROM = 400_000
 # A filter that keeps more than this share of a sample costs more than it saves.
 _WORTHWHILE = 0.85
 # Chunks per thread, so that threads that are held up do not hold up the others.
@@ -56,8 +56,9 @@ def convex_hull(points: Any, *, threads: int | None = None) -> np.ndarray:
     if n < _FILTER_FROM:
         hull = hull_of_candidates(points, ALL, True)
     else:
-        tasks = 1 if n < _THREADS_FROM else _TASKS_PER_THREAD * threads
-        hull = hull_by_filter(points, threads, *filter_size(n), _WORTHWHILE, tasks)
+        tasks = _TASKS_PER_THREAD * threads
+        filter_tasks = 1 if n < _THREADS_FROM else tasks
+        hull = hull_by_filter(points, threads, *filter_size(n), _WORTHWHILE, filter_tasks, tasks)
     if hull.shape[0] < 3:
         raise _no_hull(points, hull.shape[0])
     return hull

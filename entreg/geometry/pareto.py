@@ -20,7 +20,7 @@ from entreg.geometry.validation import as_points, first_nonfinite_row, nonfinite
 _ALL = np.empty(0, np.int64)
 # Sizes at which each stage begins to pay, measured on uniform, Gaussian and disk input.
 _FILTER_FROM = 1_500
-_THREADS_FROM = 200_000
+_THREADS_FROM = 400_000
 # A filter that keeps more than this share of a sample costs more than it saves.
 _WORTHWHILE = 0.85
 _TASKS_PER_THREAD = 4

@@ -36,8 +36,8 @@ def check_every_path(points, sample, bins, tasks):
     expected = hull_indices(points)
     sample = min(sample, len(points))
     for hull in (
-        paths.hull_by_filter(points, 1, sample, bins, 1.0, 1),
-        paths.hull_by_filter(points, 2, sample, bins, 1.0, tasks),
+        paths.hull_by_filter(points, 1, sample, bins, 1.0, 1, 1),
+        paths.hull_by_filter(points, 2, sample, bins, 1.0, tasks, tasks),
         paths.hull_by_slabs(points, 2, paths.ALL, tasks, 4 * tasks),
         paths.hull_by_runs(points, 2, tasks, 64),
         hull_of_candidates(points, paths.ALL, True),
@@ -78,7 +78,7 @@ def test_sizes_around_the_changes_of_algorithm(shape, n):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("n", [2_000, 300_000])
+@pytest.mark.parametrize("n", [2_000, 420_000])
 def test_large_inputs_equal_qhull_or_exact_integers(shape, n):
     points = generate(shape, n, seed=n)
     hull = convex_hull(points)
@@ -145,7 +145,7 @@ def test_points_on_edges_are_no_vertices():
     assert grid[convex_hull(grid)].tolist() == [[0, 0], [59, 0], [59, 49], [0, 49]]
 
 
-@pytest.mark.parametrize("n", [5, 3_000, 250_000])
+@pytest.mark.parametrize("n", [5, 3_000, 420_000])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("shape", ["square", "circle"])
 def test_nonfinite_coordinates_are_refused_wherever_they_stand(n, value, shape):
@@ -158,7 +158,7 @@ def test_nonfinite_coordinates_are_refused_wherever_they_stand(n, value, shape):
                 convex_hull(damaged)
 
 
-@pytest.mark.parametrize("n", [3, 10, 5_000, 250_000])
+@pytest.mark.parametrize("n", [3, 10, 5_000, 420_000])
 def test_degenerate_inputs_are_refused(n):
     line = np.arange(n, dtype=np.float64)
     with pytest.raises(InputError, match="lie on one"):
@@ -180,7 +180,7 @@ def test_threads_are_validated():
 
 @pytest.mark.parametrize("shape", ["square", "circle"])
 def test_concurrent_calls(shape):
-    inputs = [generate(shape, 250_000, seed=seed) for seed in range(4)]
+    inputs = [generate(shape, 420_000, seed=seed) for seed in range(4)]
     expected = [convex_hull(points, threads=1) for points in inputs]
     results = [None] * 4
 
