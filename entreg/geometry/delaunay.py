@@ -43,7 +43,7 @@ _COLUMN_LIMIT = 12
 _MOST_POINTS = (2**31 - 1) // 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Triangulation:
     """A Delaunay triangulation, with the field names and meanings of ``scipy.spatial.Delaunay``.
 
@@ -79,9 +79,8 @@ def delaunay(points: Any, *, threads: int | None = None, order: str = "auto") ->
     """Delaunay triangulation of points in the plane, exact for every finite input.
 
     No tolerance is used anywhere. Among cocircular points any valid triangulation is returned, always the same one for
-    the same input whatever the number of threads. The time is O(n log n) in the worst case apart from exact
-    arithmetic; for points already in Morton (Z) order the sort is skipped, and for any spatially coherent order
-    it is fast because neighbours move together.
+    the same input whatever the number of threads. Points already in Morton (Z) order are not sorted again, and of any
+    other order the sort keeps what is coherent: neighbours move together, which caches reward.
 
     Args:
         points: ``(n, 2)`` finite numbers that float64 holds exactly.
