@@ -52,8 +52,11 @@ def _speedup_figure(bench: Bench, baseline: str, methods: Sequence[str], title: 
         axes.set_title(DISTRIBUTION_LABELS.get(distribution, distribution))
     for axes in panels[len(bench.distributions) :]:
         axes.set_visible(False)
-    for axes in grid[-1]:
-        axes.set_xlabel("points n")
+    # Shared axes label the bottom row only; above a hidden panel the lowest visible one must do it.
+    for column in grid.T:
+        lowest = [axes for axes in column if axes.get_visible()][-1]
+        lowest.set_xlabel("points n")
+        lowest.tick_params(labelbottom=True)
     for axes in grid[:, 0]:
         axes.set_ylabel("speed-up")
     handles, labels = panels[0].get_legend_handles_labels()

@@ -162,6 +162,7 @@ def test_figures_show_every_distribution_and_method():
     assert titles == ["square", "circle"]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["entreg", "plain exact filter", "GEOS", "OpenCV (float32)"]
+    assert all(axes.get_xlabel() for axes in figure.axes if axes.get_visible())
     ratio = figure.axes[0].lines[0].get_ydata()[0]
     assert ratio == pytest.approx(40.0)
 
