@@ -169,19 +169,6 @@ def _scale_factors(largest):
 
 
 @njit(cache=True, nogil=True)
-def _scale(points, factor, rest):
-    """``(scaled, exact, faithful)``: flat coordinates, the same array twice if scaling loses nothing (``faithful``)."""
-    exact = points.reshape(-1)
-    if factor == 1.0 and rest == 1.0:
-        return exact, exact, True
-    scaled = exact * factor * rest
-    for i in range(exact.shape[0]):
-        if scaled[i] / rest / factor != exact[i]:
-            return scaled, exact, False
-    return scaled, scaled, True
-
-
-@njit(cache=True, nogil=True)
 def _triangulate_serially(points, adaptive, column_limit):
     """Status, simplices, neighbors, hull edges and duplicates; the arrays are empty unless the status is good."""
     count = points.shape[0]
@@ -191,7 +178,9 @@ def _triangulate_serially(points, adaptive, column_limit):
         nothing = np.empty((0, 3), np.int32)
         return status, nothing, nothing, np.empty((0, 2), np.int32), np.empty((0, 2), np.int64)
     factor, rest = _scale_factors(max(max(abs(x_low), abs(x_high)), max(abs(y_low), abs(y_high))))
-    scaled, exact, faithful = _scale(points, factor, rest)
+    exact = points.reshape(-1)
+    in_range = factor == 1.0 and rest == 1.0
+    scaled = exact if in_range else exact * factor * rest
     x_low, x_high, y_low, y_high = (
         x_low * factor * rest,
         x_high * factor * rest,
@@ -211,7 +200,7 @@ def _triangulate_serially(points, adaptive, column_limit):
     ordered = np.empty(2 * count, np.float64)
     gather(scaled, packed, ordered, original, 0, count)
     ordered_exact = ordered
-    if not faithful:
+    if not in_range:
         ordered_exact = np.empty(2 * count, np.float64)
         gather(exact, packed, ordered_exact, original, 0, count)
     links = np.empty(WORDS_PER_POINT * count, np.uint32)
@@ -239,7 +228,9 @@ def _triangulate_in_blocks(
     finite = not np.isnan(extremes[:, 0]).any()
     _raise_for(_degeneracy(points) if finite else _NOT_FINITE, points)
     factor, rest = _scale_factors(np.abs(extremes).max())
-    scaled, exact, faithful = _scale(points, factor, rest)
+    exact = points.reshape(-1)
+    in_range = factor == 1.0 and rest == 1.0
+    scaled = exact if in_range else exact * factor * rest
     extremes *= factor
     extremes *= rest
     x_low, y_low = extremes[:, 0].min(), extremes[:, 2].min()
@@ -267,7 +258,7 @@ def _triangulate_in_blocks(
     ordered = np.empty(2 * count, np.float64)
     in_threads(lambda start, stop: gather(scaled, packed, ordered, original, start, stop), chunks)
     ordered_exact = ordered
-    if not faithful:
+    if not in_range:
         ordered_exact = np.empty(2 * count, np.float64)
         in_threads(lambda start, stop: gather(exact, packed, ordered_exact, original, start, stop), chunks)
 

@@ -9,12 +9,13 @@ products (our choice of formulation; the determinant is the usual one).
 Floating-point filters accept a sign only beyond a bound on the rounding error; what remains goes through a stage that
 is exact for lattice-like coordinates and then to the exact predicates. Coordinates come as flat arrays, x and y of
 point i at 2 i and 2 i + 1: ``scaled`` is what the filters read (magnitudes at most ``LARGEST_SCALED``), ``exact``
-holds the unaltered values. They are the same array unless scaling lost low bits.
+holds the values as given. They are the same array unless those had to be scaled; then the exact predicates' own
+filters may still decide where scaling lost too much.
 """
 
 from numba import njit
 
-from entreg.geometry.predicates import incircle_exact, orient2d_exact
+from entreg.geometry.predicates import incircle, orient2d
 
 LARGEST_SCALED = 2.0**60
 _UNIT_ROUNDOFF = 2.0**-53
@@ -78,7 +79,7 @@ def is_above(exact, left, right, point):
             if first != second:
                 return first > second
             return _product_error(ax, by, first) > _product_error(ay, bx, second)
-    return orient2d_exact(px, py, lx, ly, rx, ry) > 0
+    return orient2d(px, py, lx, ly, rx, ry) > 0
 
 
 @njit(cache=True, nogil=True)
@@ -112,7 +113,7 @@ def is_inside(exact, left, right, c, d):
                     plain = _has_plain_error(dot_d, cross_c, first) and _has_plain_error(dot_c, cross_d, second)
                     if plain and dot_c_low == dot_d_low == cross_c_low == cross_d_low == 0.0:
                         return first < second or (first == second and first_low < second_low)
-    return incircle_exact(lx, ly, rx, ry, cx, cy, dx, dy) > 0
+    return incircle(lx, ly, rx, ry, cx, cy, dx, dy) > 0
 
 
 @njit(cache=True, nogil=True)
