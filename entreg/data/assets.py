@@ -18,8 +18,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from entreg.atomic import write_bytes_atomic
 from entreg.errors import AssetError
-from entreg.records.atomic import write_bytes_atomic
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entreg.atomic import write_bytes_atomic, write_text_atomic
 from entreg.errors import InputError, OutputError
 from entreg.records import figures, registry, tables
-from entreg.records.atomic import write_bytes_atomic, write_text_atomic
 from entreg.records.claims import claims_table, judge_all, load_claims, readme_table
 
 README_BEGIN = "<!-- claims:begin -->"

@@ -2,7 +2,8 @@
 
 The claims name no data sets. Ours are weighed alike: the value of a speed-up claim is the geometric mean over all data
 sets at the largest size that they share, with the network's pass counted, and the reason names the best and the worst
-one. "Up to" claims take the best.
+one. "Up to" claims take the best. Triangulations of cocircular points do not count (see
+:data:`entreg.records.geometry_study.COCIRCULAR`); the reason says what happens there.
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ def largest_speed(records: Records) -> Evidence | None:
         study = Study(chosen)
         if not study.sizes:
             continue
-        top = extreme(study.by_distribution(REWRITE, "speedup"))
-        given = extreme(study.by_distribution(REWRITE_FREE, "speedup"))
+        top = extreme(_counted(study, REWRITE))
+        given = extreme(_counted(study, REWRITE_FREE))
         if top is not None and (best is None or top[1] > best[0]):
             best = (top[1], experiment, top[0], study)
         if given is not None:
@@ -136,9 +137,11 @@ def _mean_speedup(records: Records, others: Sequence[str]) -> Evidence | None:
     free = study.mean_speedup(REWRITE_FREE, without=failed)
     if estimate is None or free is None:
         return None
-    speedups = study.by_distribution(REWRITE, "speedup")
+    speedups = _counted(study, REWRITE)
     areas = study.by_distribution(REWRITE, "area_error")
     reasons = [_where(study.size_text(), speedups, areas)]
+    if study.left_out:
+        reasons.append(_cocircular(study))
     if failed:
         names = ", ".join(distribution_label(name) for name in failed)
         reasons.append(f"no result on {names}, which the mean leaves out")
@@ -161,6 +164,20 @@ def _mean_speedup(records: Records, others: Sequence[str]) -> Evidence | None:
         unit="x",
         alternative=free.mean,
     )
+
+
+def _counted(study: Study, method: str) -> dict[str, float]:
+    speedups = study.by_distribution(method, "speedup")
+    return {name: value for name, value in speedups.items() if name not in study.left_out}
+
+
+def _cocircular(study: Study) -> str:
+    learned, unlearned = (study.by_distribution(method, "speedup") for method in (REWRITE, "jitter"))
+    parts = [
+        f"{distribution_label(name)} {ratio(learned.get(name))}, jitter alone {ratio(unlearned.get(name))}"
+        for name in study.left_out
+    ]
+    return f"not counted, because Qhull is quadratic on cocircular points: {'; '.join(parts)}"
 
 
 def _where(sizes: str, speedups: Mapping[str, float], areas: Mapping[str, float]) -> str:

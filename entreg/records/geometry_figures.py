@@ -20,6 +20,7 @@ from entreg.records.geometry_study import (
 from entreg.records.geometry_tables import TITLES, distribution_label
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Records = list[dict[str, Any]]
@@ -36,7 +37,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "jitter, no learning": ("jitter",),
 }
 
-# Errors at or below this are drawn at the left edge, which is labelled "exact".
+# Errors at or below this are drawn at the left edge.
 _SMALLEST_ERROR = 1e-5
 
 
@@ -53,36 +54,51 @@ def tradeoff(records: Records) -> Figure | None:
     for axes, experiment in zip(grid[0], present, strict=True):
         study = studies[experiment]
         axes.axhline(1.0, color="#555555", linewidth=0.8)
-        axes.fill_between(
-            [_SMALLEST_ERROR / 2, 0.002], 4.0, 5.0, color="#F0E442", alpha=0.6, linewidth=0, label="the paper's claim"
-        )
-        for name, methods in _GROUPS.items():
+        axes.fill_between([_SMALLEST_ERROR / 3, 0.002], 4.0, 5.0, color="#F0E442", alpha=0.6, linewidth=0)
+        axes.text(1.2e-4, 4.45, "the paper's claim", ha="center", va="center", fontsize=8, color="#555555")
+        for place, (name, methods) in enumerate(_GROUPS.items()):
             style = styles[name]
             points = [point for method in methods for point in _points(study, method)]
             if points:
                 x, y = np.array(points).T
+                # Without error all would lie on one line: side by side in the order of the legend instead.
+                beside = _SMALLEST_ERROR * 10 ** (0.09 * (place - 0.5 * len(_GROUPS)))
                 marks = axes.scatter(
-                    np.maximum(x, _SMALLEST_ERROR),
+                    np.where(x > _SMALLEST_ERROR, x, beside),
                     y,
                     s=34,
                     color=style["color"],
                     marker=style["marker"],
-                    alpha=0.75,
+                    alpha=0.8,
                     linewidths=0,
-                    label=name,
                     zorder=3,
                 )
                 handles.setdefault(name, marks)
         axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlim(_SMALLEST_ERROR / 2, 1.0)
+        axes.set_xlim(_SMALLEST_ERROR / 3, 1.0)
         ticks = [_SMALLEST_ERROR, 1e-4, 1e-3, 1e-2, 1e-1, 1.0]
-        axes.set_xticks(ticks, ["exact", "0.01 %", "0.1 %", "1 %", "10 %", "100 %"])
+        axes.set_xticks(ticks, ["≤ 0.001 %", "0.01 %", "0.1 %", "1 %", "10 %", ""])
+        axes.xaxis.minorticks_off()
         axes.set_title(TITLES[experiment])
         axes.set_xlabel("Delaunay edges lost" if experiment.endswith("triangulation") else "relative area error")
         axes.set_ylabel(f"speed-up over {BASELINES[experiment]}")
+        _ratio_scale(axes)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     return figure
+
+
+def _ratio_scale(axes: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if _decades(axes) < 1.5 else (1.0,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _decades(axes: Axes) -> float:
+    low, high = axes.get_ylim()
+    return float(np.log10(high / low))
 
 
 def _points(study: Study, method: str) -> list[tuple[float, float]]:
@@ -113,7 +129,7 @@ def rewriting(records: Records) -> Figure | None:
             axes.scatter(*points.T, s=6, color=color, linewidths=0, label=text, zorder=2)
             corners = points[ConvexHull(points).vertices]
             axes.plot(*np.concatenate([corners, corners[:1]]).T, color=color, linewidth=1.0, zorder=3)
-        axes.set_aspect("equal" if name != "parabola" else "auto")
+        axes.set_aspect("auto" if name in ("parabola", "cities") else "equal")
         axes.set_title(f"{distribution_label(name)}: {_summary(record)}")
         axes.grid(False)
     handles, labels = grid[0][0].get_legend_handles_labels()
@@ -136,6 +152,7 @@ _FACTORS = {
     "num_cells": "cells",
     "sharpness": "sharpness",
     "initialization": "initialisation",
+    "hidden": "width of the network",
 }
 
 
@@ -150,7 +167,7 @@ def sensitivity(records: Records) -> Figure | None:
     }
     if not bases:
         return None
-    figure, grid = new_figure(2, len(_FACTORS), width=13.0, height=6.0, sharex="col", sharey="row")
+    figure, grid = new_figure(2, len(_FACTORS), width=15.0, height=6.0, sharex="col", sharey="row")
     distributions = sorted({r["config"]["distribution"] for r in records})
     lines = [(s, d) for s in sorted(bases, reverse=True) for d in distributions]
     styles = method_styles([f"{s}, {distribution_label(d)}" for s, d in lines])
@@ -181,10 +198,12 @@ def sensitivity(records: Records) -> Figure | None:
         lower.axhline(0.2, color="#555555", linewidth=0.8)
         upper.set_title(title)
         lower.set_xticks(range(len(ticks)), [v if isinstance(v, str) else f"{v:g}" for v in ticks])
-    grid[0][0].set_yscale("log")
-    grid[0][0].set_ylabel("speed-up over Qhull, network counted")
+    _ratio_scale(grid[0][0])
+    grid[0][0].set_ylabel("speed-up over Qhull")
     grid[1][0].set_yscale("symlog", linthresh=0.01)
-    grid[1][0].set_ylabel("area error, % (line: the paper's 0.2 %)")
+    grid[1][0].set_yticks([0.0, 0.01, 0.1, 1.0, 10.0, 100.0], ["0", "0.01 %", "0.1 %", "1 %", "10 %", "100 %"])
+    grid[1][0].set_ylim(bottom=-0.003)
+    grid[1][0].set_ylabel("area error (line: the paper's)")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure

@@ -83,6 +83,7 @@ def summary_table(experiment: str, name: str, records: Sequence[Mapping[str, Any
             "times of one data set were taken in turns within one process.",
             "Rewriting pays for the network's pass but not for its training, which is in the records "
             f"({_training(records)} per data set).",
+            *_left_out(study),
             _NOTES[experiment],
         ],
         align="l" + "r" * (3 + len(errors)),
@@ -197,6 +198,16 @@ def _speedup_or_failure(study: Study, method: str) -> str:
     if failed:
         return "failed on " + ", ".join(distribution_label(name) for name in failed)
     return ratio(study.mean_speedup(method))
+
+
+def _left_out(study: Study) -> list[str]:
+    if not study.left_out:
+        return []
+    names = ", ".join(distribution_label(name) for name in study.left_out)
+    return [
+        f"The geometric mean leaves out {names}: Qhull triangulates cocircular points in quadratic time, which any "
+        "perturbation removes (see jitter)."
+    ]
 
 
 def _variant_order(record: Mapping[str, Any]) -> tuple[Any, ...]:

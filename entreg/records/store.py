@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from entreg.atomic import write_text_atomic
 from entreg.errors import InputError, RecordError
-from entreg.records.atomic import write_text_atomic
 from entreg.records.environment import REPOSITORY
 from entreg.records.record import checksum, config_hash, parse, schema_problem, serialise
 

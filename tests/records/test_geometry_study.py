@@ -144,7 +144,16 @@ def test_a_data_set_on_which_the_rewrite_failed_is_named(records):
 
 
 def test_triangulation_speed_needs_its_own_records(records):
-    moved = [record(r["config"]["distribution"], r["seed"], r["rows"], "triangulation") for r in records]
+    names = {"circle": "disk", "square": "square"}
+    moved = [
+        record(
+            names[r["config"]["distribution"]],
+            r["seed"],
+            [{**entry, "distribution": names[entry["distribution"]]} for entry in r["rows"]],
+            "triangulation",
+        )
+        for r in records
+    ]
     assert triangulation_speed(moved).value == pytest.approx(4.0)
     assert triangulation_speed([]) is None
 
@@ -262,7 +271,7 @@ def test_figures_draw_what_there_is_and_nothing_without_records(records):
     with_sample = [{**r, "metrics": {**r["metrics"], "sample_before": points, "sample_after": points}} for r in records]
     assert len(rewriting(with_sample).axes) == 2
     figure = sensitivity(sensitivity_records())
-    assert len(figure.axes) == 8
+    assert len(figure.axes) == 10
     assert fingerprint(figure) == fingerprint(sensitivity(sensitivity_records()))
 
 
@@ -274,3 +283,21 @@ def test_rows_of_other_kinds_are_left_alone():
     assert error([other]) is None
     assert largest_speed([other]) is None
     assert tradeoff([other]) is None
+
+
+def test_cocircular_triangulations_are_shown_but_do_not_count(records):
+    jittered = [
+        record(name, 0, [row(name, 100, m, s) for m, s in methods.items()], "triangulation")
+        for name, methods in {
+            "circle": {"qhull": 1.0, "jitter": 90.0, "entropy_net_rewrite": 80.0, "entropy_net_rewrite_free": 99.0},
+            "disk": {"qhull": 1.0, "jitter": 1.1, "entropy_net_rewrite": 0.9, "entropy_net_rewrite_free": 1.2},
+        }.items()
+    ]
+    evidence = triangulation_speed(jittered)
+    assert evidence.value == pytest.approx(0.9)
+    assert evidence.alternative == pytest.approx(1.2)
+    assert "circle 80.0x, jitter alone 90.0x" in evidence.reason
+    assert largest_speed(jittered).value == pytest.approx(0.9)
+    table = triangulation_table(jittered).to_text()
+    assert "leaves out circle" in table
+    assert "80.0x (circle)" in table

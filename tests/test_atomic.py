@@ -8,8 +8,8 @@ import tempfile
 
 import pytest
 
+from entreg.atomic import write_bytes_atomic, write_json_atomic, write_text_atomic
 from entreg.errors import OutputError
-from entreg.records.atomic import write_bytes_atomic, write_json_atomic, write_text_atomic
 
 
 def listing(folder):
@@ -91,7 +91,7 @@ def test_the_kernel_stopping_a_write_midway_leaves_nothing(tmp_path):
     target.write_bytes(b"old")
     script = (
         "import resource, sys\n"
-        "from entreg.records.atomic import write_bytes_atomic\n"
+        "from entreg.atomic import write_bytes_atomic\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "write_bytes_atomic(sys.argv[1], bytes(100_000))\n"
     )
