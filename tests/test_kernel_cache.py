@@ -6,8 +6,21 @@ import sys
 
 from entreg.kernel_cache import drop_stale_kernels
 
-INNER = "from numba import njit\n\n@njit(cache=True)\ndef inner(x):\n    return x + {increment}\n"
-OUTER = "from numba import njit\nfrom pkg.inner import inner\n\n@njit(cache=True)\ndef outer(x):\n    return inner(x) * 10\n"
+INNER = """
+from numba import njit
+
+@njit(cache=True)
+def inner(x):
+    return x + {increment}
+"""
+OUTER = """
+from numba import njit
+from pkg.inner import inner
+
+@njit(cache=True)
+def outer(x):
+    return inner(x) * 10
+"""
 INIT = (
     "from pathlib import Path\nfrom entreg.kernel_cache import drop_stale_kernels\n"
     "drop_stale_kernels(Path(__file__).parent)\n"
