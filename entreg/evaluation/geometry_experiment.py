@@ -242,17 +242,18 @@ def measure_methods(
     """
     answers: dict[str, Any] = {}
     failures: dict[str, str] = {}
-    first: dict[str, float] = {}
-    for name, method in methods.items():
 
-        def answer(name: str = name, method: Method = method) -> None:
-            answers[name] = method.run()
-
+    def attempt(name: str, method: Method) -> None:
         try:
-            first[name] = interleaved_timings({name: answer}, repeats=1, warmup=0)[name].median
+            answers[name] = method.run()
         except QhullError as error:
             # A rewrite may merge points or put them on one line; that is a result, not an accident.
             failures[name] = f"Qhull failed: {str(error).strip().splitlines()[0]}"
+
+    timings = interleaved_timings(
+        {name: functools.partial(attempt, name, method) for name, method in methods.items()}, repeats=1, warmup=0
+    )
+    first = {name: timings[name].median for name in answers}
     total = sum(first.values())
     if total > time_budget:
         return {name: np.array([seconds]) for name, seconds in first.items()}, answers, failures

@@ -185,6 +185,7 @@ def sensitivity(records: Records) -> Figure | None:
             style = styles[f"{surrogate}, {distribution_label(distribution)}"]
             if factor == "initialization":
                 style = {**style, "linestyle": "none"}
+                upper.margins(x=0.2)
             for axes, position in ((upper, 0), (lower, 1)):
                 axes.plot(x, [np.mean(values[v][position]) for v in chosen], **style)
                 axes.vlines(

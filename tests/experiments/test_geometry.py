@@ -115,7 +115,7 @@ def test_sensitivity_changes_one_factor_at_a_time():
         assert len(changed) <= 1
         assert not changed or changed[0] in name
     factors = {name.rpartition("_")[0].removeprefix("ball_") for name in training if "_" in name}
-    assert factors == {"entropy_weight", "num_cells", "sharpness", "initialization"}
+    assert factors == {"entropy_weight", "num_cells", "sharpness", "initialization", "hidden"}
 
 
 def test_sweep_lists_all_variants():
