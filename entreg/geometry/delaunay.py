@@ -39,6 +39,7 @@ _PARALLEL_POINTS = 16384
 # result does not depend on the number of threads.
 _BLOCK_POINTS = 4096
 _BLOCKS = 32
+_CHUNKS_PER_THREAD = 4
 _COLUMN_LIMIT = 12
 _MOST_POINTS = (2**31 - 1) // 2
 
@@ -219,7 +220,8 @@ def _triangulate_in_blocks(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Simplices, neighbors, hull edges and duplicates; the steps of the serial kernel, each in threads."""
     count = len(points)
-    chunks = chunk_ranges(count, threads)
+    # More chunks than threads: on a busy machine a late thread then takes fewer of them.
+    chunks = chunk_ranges(count, _CHUNKS_PER_THREAD * threads)
 
     def in_threads(function, ranges):
         return run_chunks(function, ranges, threads)
@@ -253,7 +255,7 @@ def _triangulate_in_blocks(
     duplicates = np.empty((0, 2), np.int64)
     if any(tied):
         count, duplicates = resolve_ties(exact, packed, np.empty(count, np.uint64), levels, _COLUMN_LIMIT)
-        chunks = chunk_ranges(count, threads)
+        chunks = chunk_ranges(count, _CHUNKS_PER_THREAD * threads)
     original = np.empty(count, np.int32)
     ordered = np.empty(2 * count, np.float64)
     in_threads(lambda start, stop: gather(scaled, packed, ordered, original, start, stop), chunks)
@@ -285,7 +287,10 @@ def _triangulate_in_blocks(
         [(0, middle, 0, 1), (middle, 6 * count, triangles - 1, -1)],
     )
     flat = neighbors.reshape(-1)
-    in_threads(lambda start, stop: write_neighbors(links, flat, start, stop), chunk_ranges(3 * count, threads))
+    in_threads(
+        lambda start, stop: write_neighbors(links, flat, start, stop),
+        chunk_ranges(3 * count, _CHUNKS_PER_THREAD * threads),
+    )
     return simplices, neighbors, hull_edges(links, original, handle, boundary), duplicates
 
 
