@@ -202,7 +202,8 @@ def test_an_interval_across_a_threshold_is_told():
 def test_without_evidence_the_command_is_told():
     found = judge(CLAIMS["geo-hull-speed"], None)
     assert (found.verdict, found.measured, found.reason) == ("not run", "–", "run make reproduce-geometry")
-    assert judge(CLAIMS["vit-speed"], None, "paper").reason == "not built yet; it will be make study-vit"
+    planned = judge(CLAIMS["vit-speed"], None, "paper").reason
+    assert planned == "not built yet; it will be make reproduce-vit PROFILE=paper IMAGENET=/data/imagenet"
 
 
 @pytest.mark.parametrize(
