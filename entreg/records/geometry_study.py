@@ -55,6 +55,7 @@ class Study:
             a method are left out.
 
     Attributes:
+        experiment: the records' experiment, empty without records.
         distributions: names of the data sets, sorted.
         sizes: numbers of points, increasing.
         methods: names in the order of the records.
@@ -74,7 +75,8 @@ class Study:
                     self.methods.append(row["method"])
         self.distributions = sorted({key[0] for key in self._cells})
         self.sizes = sorted({key[1] for key in self._cells})
-        triangulation = any(record["experiment"] == "geometry/triangulation" for record in records)
+        self.experiment = records[0]["experiment"] if records else ""
+        triangulation = self.experiment == "geometry/triangulation"
         self.left_out = [name for name in self.distributions if triangulation and name in COCIRCULAR]
 
     def rows(self, distribution: str, n: int, method: str) -> dict[int, Row]:

@@ -200,6 +200,23 @@ def test_largest_speed_names_problem_data_set_and_rivals(records):
     assert judge(claim("geo-v1-speed"), evidence).verdict == "exceeded"
 
 
+def test_a_speedup_at_a_larger_error_is_named_but_does_not_count(records):
+    for r in records:
+        for entry in r["rows"]:
+            if entry["distribution"] == "circle" and entry["method"].startswith("entropy_net_rewrite"):
+                entry["area_error"] = 0.01
+    evidence = largest_speed(records)
+    assert evidence.value < 16.0
+    assert "at a larger error: 16.0x on the hull of circle" in evidence.reason
+    for r in records:
+        for entry in r["rows"]:
+            entry["area_error"] = 0.01
+    evidence = largest_speed(records)
+    assert evidence.value == 1.0
+    assert evidence.reason.startswith("no data set with an error below 0.2 %")
+    assert judge(claim("geo-v1-speed"), evidence).verdict == "not reproduced"
+
+
 def test_the_newest_record_of_a_seed_counts(records):
     newer = record("circle", 0, hull_rows("circle", 5000, 2.0, 4.0, 0.0))
     newer = {**newer, "utc": "2026-02-01T00:00:00Z"}
