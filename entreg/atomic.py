@@ -6,11 +6,9 @@ file system. Whatever goes wrong on the way, the target stays as it was and no t
 
 import contextlib
 import errno
-import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from entreg.errors import OutputError
 
@@ -62,9 +60,14 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
     return write_bytes_atomic(path, text.encode("utf-8"))
 
 
-def write_json_atomic(path: str | os.PathLike[str], value: Any) -> Path:
-    """Writes ``value`` as indented JSON ending in a newline; NaN and infinity raise ``ValueError``."""
-    return write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def require_writable(folder: str | os.PathLike[str]) -> None:
+    """Makes sure that results can be written to ``folder``, to be called before anything slow starts.
+
+    Raises:
+        OutputError: the folder cannot be made or written to, or the disk is full.
+    """
+    probe = write_bytes_atomic(Path(folder) / f".writable-{os.getpid()}", b"?")
+    probe.unlink(missing_ok=True)
 
 
 def _umask() -> int:

@@ -1,5 +1,4 @@
 import errno
-import json
 import os
 import stat
 import subprocess
@@ -8,7 +7,7 @@ import tempfile
 
 import pytest
 
-from entreg.atomic import write_bytes_atomic, write_json_atomic, write_text_atomic
+from entreg.atomic import require_writable, write_bytes_atomic, write_text_atomic
 from entreg.errors import OutputError
 
 
@@ -24,13 +23,15 @@ def test_writes_and_replaces_making_the_folder(tmp_path):
     assert listing(target.parent) == ["x.txt"]
 
 
-def test_json_round_trip_and_no_nan(tmp_path):
-    target = tmp_path / "x.json"
-    write_json_atomic(target, {"a": [1, 2.5, None, "é"]})
-    assert json.loads(target.read_text(encoding="utf-8")) == {"a": [1, 2.5, None, "é"]}
-    with pytest.raises(ValueError, match="Out of range"):
-        write_json_atomic(target, float("nan"))
-    assert json.loads(target.read_text(encoding="utf-8")) == {"a": [1, 2.5, None, "é"]}
+def test_a_folder_is_tried_before_slow_work_and_left_clean(tmp_path):
+    require_writable(tmp_path / "new" / "folder")
+    assert listing(tmp_path / "new" / "folder") == []
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(OutputError, match="a file stands where the folder"):
+        require_writable(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept"
+    with pytest.raises(OutputError, match="Cannot write"):
+        require_writable("/proc/nowhere")
 
 
 def test_others_may_read_what_the_umask_allows(tmp_path):

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from entreg.atomic import require_writable
 from entreg.entropy import hull_entropy
 from entreg.errors import ConfigError
 from entreg.evaluation.geometry_certificates import vertex_set_difference
@@ -246,6 +247,7 @@ def run_entropy_law(
         raise ConfigError(
             f"levels must be at least 3, and sizes need a value from 10 to max_points = {profile['max_points']}"
         )
+    require_writable(store)
     records = RecordStore(store)
     seed, repeats = profile["seeds"][0], profile["repeats"]
     paths = []

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from scipy.spatial import QhullError
 from tqdm import tqdm
 
+from entreg.atomic import require_writable
 from entreg.data.points import POINT_SETS, describe_points, load_points
 from entreg.errors import ConfigError, InputError
 from entreg.evaluation.geometry_methods import OURS, PROBLEMS, Method, Problem, build_methods
@@ -151,6 +152,7 @@ def run_all(
     Raises:
         OutputError: a record cannot be written.
     """
+    require_writable(store)
     records = RecordStore(store)
     result = []
     progress = tqdm(runs, desc="geometry", disable=None)

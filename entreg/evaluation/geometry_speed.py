@@ -16,6 +16,7 @@ import numpy as np
 from numba import njit
 from tqdm import tqdm
 
+from entreg.atomic import require_writable
 from entreg.data.points import POINT_SETS, describe_points, load_points
 from entreg.errors import ConfigError
 from entreg.evaluation.geometry_certificates import (
@@ -474,6 +475,7 @@ def run_geometry_speed(
         raise ConfigError(
             f"sizes need a value from 3 to max_points = {profile['max_points']}, and time_budget must be positive"
         )
+    require_writable(store)
     records = RecordStore(store)
     seed = profile["seeds"][0]
     family = FAMILIES[problem]()

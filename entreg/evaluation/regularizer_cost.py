@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from entreg.atomic import require_writable
 from entreg.compat import ensure_torchvision
 from entreg.entropy import BallEntropy, HalfspaceEntropy, attention_key_entropy, attention_row_entropy
 from entreg.errors import ConfigError
@@ -277,6 +278,7 @@ def run_regularizer_cost(
         "device": device,
         "profile": profile["name"],
     }
+    require_writable(store)
     records = RecordStore(store)
     if not force and records.find(EXPERIMENT, config) is not None:
         return [records.path_for(EXPERIMENT, config)]
