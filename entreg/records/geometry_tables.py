@@ -27,6 +27,7 @@ _ERRORS = {
     "geometry/pareto_front": (("area_error", "hypervolume error"), ("mapped_area_error", "mapped back")),
 }
 
+_THREADS = "entreg, advice and the network's pass use all cores where it pays; the libraries use one."
 _NOTES = {
     "geometry/hull": (
         "Area and Hausdorff errors are relative to area and diameter of the exact hull. Mapped back: area error of the "
@@ -83,6 +84,7 @@ def summary_table(experiment: str, name: str, records: Sequence[Mapping[str, Any
             "times of one data set were taken in turns within one process.",
             "Rewriting pays for the network's pass but not for its training, which is in the records "
             f"({_training(records)} per data set).",
+            _THREADS,
             *_left_out(study),
             _NOTES[experiment],
         ],
@@ -121,6 +123,7 @@ def complete_table(experiment: str, name: str, records: Sequence[Mapping[str, An
         notes=[
             "Time: mean over seeds of the median over interleaved rounds. Speed-up: geometric mean over seeds with its "
             f"95 % interval, against {BASELINES[experiment]} on the raw points.",
+            _THREADS,
             _NOTES[experiment],
         ],
         align="lrl" + "r" * (4 + len(errors)),

@@ -174,7 +174,8 @@ def provenance(records: Sequence[Mapping[str, Any]], record_ids: Sequence[str] |
 
 
 def _device(device: Mapping[str, Any]) -> str:
-    parts = [f"{device['cpu']}, {device['available_cores']} cores, {device['threads']} threads"]
+    # Which method ran on how many threads is said by the table: one record holds methods of both kinds.
+    parts = [f"{device['cpu']}, {device['available_cores']} cores"]
     if device["memory_gib"] is not None:
         parts.append(f"{device['memory_gib']:.0f} GiB")
     parts.append(device["gpu"] or "no GPU")
