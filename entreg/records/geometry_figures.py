@@ -198,7 +198,10 @@ def sensitivity(records: Records) -> Figure | None:
         upper.axhline(1.0, color="#555555", linewidth=0.8)
         lower.axhline(0.2, color="#555555", linewidth=0.8)
         upper.set_title(title)
-        lower.set_xticks(range(len(ticks)), [v if isinstance(v, str) else f"{v:g}" for v in ticks])
+        words = any(isinstance(v, str) for v in ticks)
+        lower.set_xticks(
+            range(len(ticks)), [v if isinstance(v, str) else f"{v:g}" for v in ticks], rotation=30 if words else 0
+        )
     _ratio_scale(grid[0][0])
     grid[0][0].set_ylabel("speed-up over Qhull")
     grid[1][0].set_yscale("symlog", linthresh=0.01)

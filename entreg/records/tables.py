@@ -51,6 +51,9 @@ def register_table(name: str, experiments: Sequence[str] = ("",)) -> Callable[[T
     return table_registry.register(name, experiments)
 
 
+_MOST_LISTED = 30
+
+
 @dataclass(frozen=True)
 class Table:
     """A table whose cells are text or numbers.
@@ -166,11 +169,17 @@ def provenance(records: Sequence[Mapping[str, Any]], record_ids: Sequence[str] |
     hashes: dict[str, list[str]] = {}
     for record in used:
         hashes.setdefault(record["experiment"], []).append(record["config_hash"])
-    listed = "; ".join(f"{name}: {', '.join(digests)}" for name, digests in hashes.items())
+    listed = "; ".join(f"{name}: {_listed(digests)}" for name, digests in hashes.items())
     scales = ", ".join(sorted({record["scale"] for record in used}))
     devices = "; ".join(sorted({_device(record["device"]) for record in used}))
     commits = ", ".join(sorted({_commit(record["code"]) for record in used}))
     return [f"Records ({scales} scale): {listed}.", f"Device: {devices}.", f"Code: {commits}."]
+
+
+def _listed(digests: Sequence[str]) -> str:
+    if len(digests) <= _MOST_LISTED:
+        return ", ".join(digests)
+    return f"{len(digests)} records, {', '.join(digests[:3])} ..."
 
 
 def _device(device: Mapping[str, Any]) -> str:
