@@ -61,8 +61,9 @@ test-exhaustive: $(STAMP) ## the long fuzz of the exact algorithms: over 100,000
 	$(BIN)/python -m pytest -m exhaustive
 
 .PHONY: smoke
-smoke: $(STAMP) ## one run of each experiment in seconds
+smoke: $(STAMP) ## one run of each experiment and benchmark in a minute or two
 	$(BIN)/python scripts/geometry.py profile=smoke store=outputs/smoke
+	$(BIN)/python scripts/benchmark.py profile=smoke store=outputs/smoke
 
 .PHONY: lint
 lint: $(STAMP) ## ruff check and format check
