@@ -10,9 +10,8 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 from entreg.cli import command_line, hydra_main
-from entreg.records.registry import discover
+from entreg.evaluation.reporting import filled_tables
 from entreg.records.store import RecordStore
-from entreg.records.tables import table_registry
 
 
 @hydra_main("benchmark")
@@ -28,17 +27,8 @@ def main(config: DictConfig) -> None:
         for path in run(**benchmark, **common, command=command_line()):
             print(f"record: {path}")
             saved.add(path.name)
-    print_tables([r for r in records.load_all() if records.path_for(r["experiment"], r["config"]).name in saved])
-
-
-def print_tables(records: list[dict]) -> None:
-    """Every registered table that these records fill, as text."""
-    discover()
-    for entry in table_registry.entries():
-        selected = entry.select(records)
-        table = entry.function(selected) if selected else None
-        if table is not None:
-            print(f"\n{table.to_text()}")
+    made = [r for r in records.load_all() if records.path_for(r["experiment"], r["config"]).name in saved]
+    print("\n".join(["", *filled_tables(made)]))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from entreg.evaluation.geometry_methods import ADVISE, OURS, REWRITE, REWRITE_FREE
-from entreg.records.claims import judge_all, load_claims
-from entreg.records.comparison import compare_with_reference
+from entreg.evaluation.reporting import comparison, filled_tables, verdict_lines
 from entreg.records.formatting import percent, ratio
-from entreg.records.registry import discover
-from entreg.records.store import REFERENCE_ROOT, RecordStore
-from entreg.records.tables import table_registry
+from entreg.records.store import REFERENCE_ROOT
 
 KEYS = ("experiment", "distribution", "n", "method")
 _SUMMARIES = (
@@ -34,34 +31,15 @@ def report(records: Sequence[Mapping[str, Any]], store: str | Path, reference: s
     Returns:
         Text for a terminal.
     """
-    discover()
-    records = [dict(record) for record in records]
-    parts = []
-    for name in _SUMMARIES:
-        entry = table_registry.get(name)
-        selected = entry.select(records)
-        if selected:
-            parts.append(entry.function(selected).to_text())
-    same_seeds = {record["seed"] for record in records}
-    if Path(store).resolve() != Path(reference).resolve() and any(r["scale"] != "smoke" for r in records):
-        committed = [r for r in RecordStore(reference).load_all("geometry/") if r["seed"] in same_seeds]
-        for value, methods, title, text in (
-            ("speedup", (OURS, REWRITE, REWRITE_FREE, ADVISE), "Speed-ups here and in the reference", ratio),
-            ("area_error", (REWRITE,), "Area errors here and in the reference", percent),
-        ):
-            here = _key_rows(records, methods)
-            if any(record["rows"] for record in here):
-                parts.append(compare_with_reference(here, committed, KEYS, value, title=title, text=text).to_text())
-    claims = [claim for claim in load_claims() if claim.id.startswith("geo-")]
-    judged = [record for record in records if record["scale"] != "smoke"]
-    lines = [
-        f"{claim.id}: {claim.claim}, paper {claim.paper_value}; here {verdict.measured}: "
-        f"{verdict.verdict.upper()} ({scale}). {verdict.reason}"
-        for claim, at in zip(claims, judge_all(claims, judged), strict=True)
-        for scale, verdict in at.items()
-        if verdict.record_ids
-    ]
-    return "\n".join([*parts, *lines, f"{len(records)} geometry records in {store}"])
+    parts = filled_tables(records, names=_SUMMARIES)
+    for value, methods, title, text in (
+        ("speedup", (OURS, REWRITE, REWRITE_FREE, ADVISE), "Speed-ups here and in the reference", ratio),
+        ("area_error", (REWRITE,), "Area errors here and in the reference", percent),
+    ):
+        here = _key_rows(records, methods)
+        parts += comparison(here, store, reference, KEYS, value, title=title, text=text)
+    parts += verdict_lines(records, ("geo-",))
+    return "\n".join([*parts, f"{len(records)} geometry records in {store}"])
 
 
 def _key_rows(records: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[dict[str, Any]]:

@@ -1,0 +1,84 @@
+"""Parts of what an experiment prints when it is done; the same for every family of experiments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from entreg.records.claims import judge_all, load_claims
+from entreg.records.comparison import compare_with_reference
+from entreg.records.registry import discover
+from entreg.records.store import RecordStore
+from entreg.records.tables import table_registry
+
+
+def filled_tables(records: Sequence[Mapping[str, Any]], *, prefix: str = "", names: Sequence[str] = ()) -> list[str]:
+    """Every registered table that the records fill, as text.
+
+    Args:
+        records: run records.
+        prefix: of the names of the tables, in the order of the registry; or
+        names: the tables themselves, in this order.
+    """
+    discover()
+    entries = [table_registry.get(name) for name in names] or [
+        entry for entry in table_registry.entries() if entry.name.startswith(prefix)
+    ]
+    parts = []
+    for entry in entries:
+        selected = entry.select([dict(record) for record in records])
+        table = entry.function(selected) if selected else None
+        if table is not None:
+            parts.append(table.to_text())
+    return parts
+
+
+def comparison(
+    records: Sequence[Mapping[str, Any]],
+    store: str | Path,
+    reference: str | Path,
+    keys: Sequence[str],
+    value: str,
+    *,
+    title: str,
+    text: Callable[[float], str],
+    tolerance: float = 0.25,
+) -> list[str]:
+    """How fresh rows compare with those of the reference records of the same seeds, as a list of at most one text.
+
+    Empty when the records are the reference, are smoke runs or hold no such value.
+
+    Args:
+        records: those of this call.
+        store: the folder they lie in.
+        reference: folder of the reference records.
+        keys, value, title, text, tolerance: see :func:`entreg.records.comparison.compare_with_reference`; ``method``
+            among the keys is looked up in a record's configuration where the row has none.
+    """
+    if Path(store).resolve() == Path(reference).resolve() or all(r["scale"] == "smoke" for r in records):
+        return []
+    if not any(row.get(value) is not None for record in records for row in record["rows"]):
+        return []
+    seeds, experiments = {r["seed"] for r in records}, {r["experiment"] for r in records}
+    committed = [
+        {**({"method": r["config"]["method"]} if "method" in r["config"] else {}), **r}
+        for r in RecordStore(reference).load_all()
+        if r["seed"] in seeds and r["experiment"] in experiments
+    ]
+    table = compare_with_reference(records, committed, keys, value, title=title, text=text, tolerance=tolerance)
+    return [table.to_text()]
+
+
+def verdict_lines(records: Sequence[Mapping[str, Any]], prefixes: Sequence[str]) -> list[str]:
+    """One sentence per claim (whose id begins with a prefix) and scale that the records give a verdict on."""
+    discover()
+    claims = [claim for claim in load_claims() if claim.id.startswith(tuple(prefixes))]
+    judged = [dict(record) for record in records if record["scale"] != "smoke"]
+    return [
+        f"{claim.id}: {claim.claim}, paper {claim.paper_value}; here {verdict.measured}: "
+        f"{verdict.verdict.upper()} ({scale}). {verdict.reason}"
+        for claim, at in zip(claims, judge_all(claims, judged), strict=True)
+        for scale, verdict in at.items()
+        if verdict.record_ids
+    ]
