@@ -181,7 +181,7 @@ def _cached_sha256(path: Path, asset: Asset) -> str:
 
 
 def _write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Writes all files to a new folder beside ``path`` and renames it, so that ``path`` is there whole or not at all."""
+    """Writes the files to a new folder beside ``path`` and renames it: ``path`` is there whole or not at all."""
     require_writable(path.parent)
     with tempfile.TemporaryDirectory(prefix="entreg-asset-", dir=path.parent) as folder:
         new = Path(folder) / path.name
