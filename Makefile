@@ -10,6 +10,11 @@ CONSTRAINTS ?= constraints.txt
 EXTRAS ?= vision,sweeps,dev
 # Where records are read from by `make tables`: results/runs (the reference) or outputs/runs (your own).
 RECORDS ?= results/runs
+# offline: data that come as packages, minutes on a CPU. paper: the paper's data set and model, one or more GPUs.
+PROFILE ?= offline
+# Folder of ImageNet (train/ and val/ of class folders, or parquet files), of CIFAR-100 and CIFAR-100-C.
+IMAGENET ?=
+CIFAR ?=
 .DELETE_ON_ERROR:
 
 .PHONY: help
@@ -22,6 +27,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) --editable '.[$(EXTRAS)]'
 	@touch $(STAMP)
 
+known-profile = case '$(PROFILE)' in offline|paper) ;; *) echo "PROFILE must be offline or paper, got '$(PROFILE)'" >&2; exit 2;; esac
+from-checkpoint = base.checkpoint=results/checkpoints/$(1)-seed0.safetensors
+
 .PHONY: setup
 setup: $(STAMP) ## build .venv with everything that tests, benches and offline experiments need
 
@@ -30,7 +38,7 @@ assets: $(STAMP) ## fetch and verify the data that comes as packages
 	$(BIN)/python scripts/assets.py
 
 .PHONY: reproduce
-reproduce: reproduce-geometry ## check the paper's claims: every experiment's ten-minute version
+reproduce: reproduce-geometry reproduce-vit reproduce-cifar ## check the paper's claims: every experiment's ten-minute version
 
 .PHONY: reproduce-geometry
 reproduce-geometry: $(STAMP) ## geometry claims on synthetic and real points, compared with the reference records
@@ -39,6 +47,36 @@ reproduce-geometry: $(STAMP) ## geometry claims on synthetic and real points, co
 .PHONY: study-geometry
 study-geometry: $(STAMP) ## the full geometry study behind the reference records (hours allowed, resumable)
 	$(BIN)/python scripts/geometry.py profile=offline store=results/runs
+
+.PHONY: reproduce-vit
+reproduce-vit: $(STAMP) ## ViT claims: offline on digit scenes, or PROFILE=paper IMAGENET=/data/imagenet
+	@$(call known-profile)
+ifeq ($(PROFILE),paper)
+	$(BIN)/python scripts/vision.py experiment=vit/imagenet profile=paper data.root='$(IMAGENET)'
+	$(BIN)/python scripts/benchmark.py benchmark=vision_speed profile=paper
+else
+	$(BIN)/python scripts/vision.py experiment=vit/digit_scenes profile=reproduce $(call from-checkpoint,vit-digit-scenes)
+	$(BIN)/python scripts/benchmark.py benchmark=vision_speed profile=reproduce
+endif
+
+.PHONY: reproduce-cifar
+reproduce-cifar: $(STAMP) ## robustness claim: offline on corrupted digits, or PROFILE=paper CIFAR=/data/cifar
+	@$(call known-profile)
+ifeq ($(PROFILE),paper)
+	$(BIN)/python scripts/vision.py experiment=cifar/cifar100 profile=paper data.root='$(CIFAR)'
+else
+	$(BIN)/python scripts/vision.py experiment=cifar/digits profile=reproduce $(call from-checkpoint,cifar-digits)
+endif
+
+.PHONY: study-vit
+study-vit: $(STAMP) ## all methods and seeds of the ViT experiment, its sensitivity and speed: the reference records
+	$(BIN)/python scripts/vision.py experiment=vit/digit_scenes profile=offline store=results/runs
+	$(BIN)/python scripts/vision.py experiment=vit/sensitivity profile=offline store=results/runs
+	$(BIN)/python scripts/benchmark.py benchmark=vision_speed profile=offline store=results/runs
+
+.PHONY: study-cifar
+study-cifar: $(STAMP) ## all methods and seeds of the robustness experiment: the reference records
+	$(BIN)/python scripts/vision.py experiment=cifar/digits profile=offline store=results/runs
 
 .PHONY: bench-geometry
 bench-geometry: $(STAMP) ## hull, Pareto front and Delaunay against every rival, and the law of time against n(1+H)
@@ -63,6 +101,8 @@ test-exhaustive: $(STAMP) ## the long fuzz of the exact algorithms: over 100,000
 .PHONY: smoke
 smoke: $(STAMP) ## one run of each experiment and benchmark in a minute or two
 	$(BIN)/python scripts/geometry.py profile=smoke store=outputs/smoke
+	$(BIN)/python scripts/vision.py experiment=vit/digit_scenes profile=smoke store=outputs/smoke
+	$(BIN)/python scripts/vision.py experiment=cifar/digits profile=smoke store=outputs/smoke
 	$(BIN)/python scripts/benchmark.py profile=smoke store=outputs/smoke
 
 .PHONY: lint

@@ -1,0 +1,215 @@
+"""Everything that is measured on a trained vision model: accuracy dense and sparse, overlap with masks, robustness."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entreg.adapters import probe, sparsify
+from entreg.data.corrupted_sets import corrupted_dataset
+from entreg.data.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS
+from entreg.errors import ConfigError
+from entreg.evaluation.classification import evaluate
+from entreg.evaluation.localisation import Overlap, kept_patches, localise, overlap, patch_masks
+from entreg.sparse import selection_scores, sparsity_from_mapping
+
+Row = dict[str, Any]
+
+
+def expand_plans(plans: Mapping[str, Mapping[str, Any]]) -> list[tuple[Row, dict[str, Any]]]:
+    """What the entries of ``evaluation.plans`` stand for.
+
+    Args:
+        plans: name to a sparsity as in ``configs/sparsity``; ``levels``, a list of sparsities, and ``scores``, a list
+            of selection scores, stand for one plan each.
+
+    Returns:
+        For each plan the fields that name it in a record's row (``plan``, ``score``, ``level``) and its mapping.
+    """
+    expanded = []
+    for name, values in plans.items():
+        plain = dict(values)
+        levels = plain.pop("levels", [None])
+        scores = plain.pop("scores", [plain.get("score")])
+        for level in levels:
+            for score in scores:
+                mapping = dict(plain)
+                if level is not None:
+                    mapping["sparsity"] = level
+                if score is not None:
+                    mapping["score"] = score
+                expanded.append(({"plan": name, "score": score, "level": level}, mapping))
+    return expanded
+
+
+def evaluate_everything(
+    model: nn.Module,
+    datasets: Mapping[str, Any],
+    config: Mapping[str, Any],
+    *,
+    data: Mapping[str, Any],
+    gate: nn.Module | None = None,
+) -> tuple[dict[str, Any], list[Row]]:
+    """Measure a model in every way that a configuration asks for.
+
+    Args:
+        model: stock timm model, on its device.
+        datasets: the splits to evaluate by name.
+        config: the resolved ``evaluation`` part of ``configs/train.yaml``.
+        data: the resolved ``data`` part, for corrupted versions of it.
+        gate: of a model trained with one; plans with ``score: gate`` are left out without it.
+
+    Returns:
+        metrics (the mean corruption errors, if any) and one row per split and plan.
+    """
+    rows: list[Row] = []
+    for split in config["splits"]:
+        rows.append(_accuracy_row(model, datasets[split], config, {"plan": "dense", "score": None, "level": None}))
+        for names, mapping in expand_plans(config["plans"]):
+            if names["score"] == "gate" and gate is None:
+                continue
+            rows.append(_accuracy_row(model, datasets[split], config, names, mapping, gate))
+        if config["localisation"] is not None:
+            rows += _localisation_rows(model, datasets[split], config)
+        for row in rows:
+            row.setdefault("split", split)
+    metrics: dict[str, Any] = {}
+    if config["robustness"] is not None:
+        metrics, corrupted = _robustness(model, config, data)
+        rows += corrupted
+    return metrics, rows
+
+
+def _accuracy_row(
+    model: nn.Module,
+    dataset: Any,
+    config: Mapping[str, Any],
+    names: Mapping[str, Any],
+    mapping: Mapping[str, Any] | None = None,
+    gate: nn.Module | None = None,
+) -> Row:
+    """Accuracy of the model under one plan, what sparsity that was, and how the kept tokens overlap with the mask."""
+    handle = None
+    if mapping is not None:
+        generator = torch.Generator().manual_seed(0)
+        handle = sparsify(model, sparsity_from_mapping(mapping), record=True, generator=generator, gate=gate)
+    overlaps: list[Overlap] = []
+
+    def observe(batch: Mapping[str, Tensor]) -> None:
+        if handle is None or "masks" not in batch or mapping["kind"] != "tokens" or not handle.selections:
+            return
+        selection = handle.selections[0]
+        patches = selection.scores.shape[1] - model.num_prefix_tokens
+        kept = kept_patches(selection.kept.cpu(), patches, num_prefix=model.num_prefix_tokens)
+        overlaps.append(overlap(kept, patch_masks(batch["masks"], _grid(model))))
+
+    try:
+        result = evaluate(model, dataset, observe=observe, **_loader(config))
+        sparsity = 0.0 if handle is None else handle.realised_sparsity(dataset[0]["images"][None])
+    finally:
+        if handle is not None:
+            handle.remove()
+    row = {**names, "sparsity": sparsity, **result.metrics()}
+    if overlaps:
+        row |= {f"kept_{key}": value for key, value in _mean_overlap(overlaps).items()}
+    return row
+
+
+def _localisation_rows(model: nn.Module, dataset: Any, config: Mapping[str, Any]) -> list[Row]:
+    """Overlap of the patches that each score ranks highest, in each layer of the dense model, with the masks."""
+    scores = config["localisation"]["scores"]
+    found: dict[tuple[str, int], list[Overlap]] = {}
+    captures = probe(model)
+    generator = torch.Generator().manual_seed(0)
+
+    def observe(batch: Mapping[str, Tensor]) -> None:
+        if "masks" not in batch:
+            raise ConfigError("evaluation.localisation needs a data set with masks; set it to null, or data.masks")
+        covered = patch_masks(batch["masks"], _grid(model))
+        for capture in captures.captures:
+            for score in scores:
+                ranked = selection_scores(
+                    capture.queries,
+                    capture.keys,
+                    score,
+                    num_prefix=capture.num_prefix,
+                    num_sampled_queries=None,
+                    scale=capture.scale,
+                    values=capture.values,
+                    features=capture.tokens,
+                    generator=generator,
+                ).mean(1)[:, capture.num_prefix :]
+                found.setdefault((score, capture.layer), []).append(localise(ranked.cpu(), covered)["matched_area"])
+
+    try:
+        evaluate(model, dataset, observe=observe, **_loader(config))
+    finally:
+        captures.remove()
+    rows = []
+    for (score, layer), overlaps in found.items():
+        means = _mean_overlap(overlaps)
+        rows.append(
+            {
+                "plan": "localisation",
+                "score": score,
+                "level": None,
+                "layer": layer,
+                "iou_matched": means["iou"],
+                "iou_random": means["random"],
+                "images": means["images"],
+            }
+        )
+    return rows
+
+
+def _robustness(
+    model: nn.Module, config: Mapping[str, Any], data: Mapping[str, Any]
+) -> tuple[dict[str, float], list[Row]]:
+    """Error on every corruption and severity, dense and under the plan of ``robustness.sparsity``, and its means."""
+    settings = config["robustness"]
+    rows: list[Row] = []
+    metrics = {}
+    for setting, mapping in (("dense", None), ("sparse", settings["sparsity"])):
+        handle = None if mapping is None else sparsify(model, sparsity_from_mapping(mapping))
+        try:
+            errors = {}
+            for corruption in (*CORRUPTIONS, *(EXTRA_CORRUPTIONS if settings["extra"] else ())):
+                for severity in settings["severities"]:
+                    dataset = corrupted_dataset(data, corruption, severity, limit=config["limit"])
+                    error = 1.0 - evaluate(model, dataset, **_loader(config)).top1
+                    errors[corruption, severity] = error
+                    rows.append(
+                        {
+                            "plan": "robustness",
+                            "split": "test",
+                            "score": None,
+                            "level": None,
+                            "setting": setting,
+                            "corruption": corruption,
+                            "severity": severity,
+                            "error": error,
+                        }
+                    )
+        finally:
+            if handle is not None:
+                handle.remove()
+        counted = [error for (corruption, _), error in errors.items() if corruption in CORRUPTIONS]
+        metrics[f"mce_{setting}"] = math.fsum(counted) / len(counted)
+    return metrics, rows
+
+
+def _mean_overlap(overlaps: Sequence[Overlap]) -> dict[str, Any]:
+    joined = Overlap(*(torch.cat([getattr(one, name) for one in overlaps]) for name in ("iou", "best", "random")))
+    return joined.metrics()
+
+
+def _loader(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: config[key] for key in ("batch_size", "precision", "limit")}
+
+
+def _grid(model: nn.Module) -> tuple[int, int]:
+    return tuple(model.patch_embed.grid_size)

@@ -1,0 +1,240 @@
+"""Tables of the vision experiments: what sparsity costs each method, overlap with masks, robustness."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from entreg.records.statistics import Estimate, mean_and_interval, paired_difference
+from entreg.records.tables import MISSING, Table, estimate, number, register_table
+from entreg.records.vision_study import VisionStudy, is_ours, label, ours_for
+
+SETTINGS = {"setting_a": "A", "setting_b": "B"}
+"""Plans under which the plain model loses at least five points, chosen on validation."""
+
+VIT = ("vit/digit_scenes", "vit/imagenet")
+
+
+def points(value: Estimate | None) -> str:
+    """Accuracy or its difference in points, with the interval."""
+    if value is None:
+        return MISSING
+    scaled = Estimate(
+        100 * value.mean,
+        None if value.low is None else 100 * value.low,
+        None if value.high is None else 100 * value.high,
+        value.count,
+    )
+    return estimate(scaled)
+
+
+def accuracy(study: VisionStudy, method: str, plan: str, **chosen: Any) -> Estimate | None:
+    """Mean accuracy over the seeds, or None when the method was not run so."""
+    values = study.values(method, plan, **chosen)
+    return mean_and_interval(values) if values else None
+
+
+def advantage(study: VisionStudy, ours: str, rival: str, plan: str, level: float | None = None) -> Estimate | None:
+    """Paired difference, over shared seeds, of our accuracy and the rival's under one plan."""
+    seeds = study.shared_seeds(ours, rival)
+    first = study.values(ours, plan, level=level, seeds=seeds)
+    second = study.values(rival, plan, level=level, seeds=seeds)
+    return paired_difference(first, second) if first and len(first) == len(second) else None
+
+
+def main_study(records: Sequence[Mapping[str, Any]]) -> VisionStudy | None:
+    """The study of the largest scale at hand: tables never mix data sets."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        if "method" in record["config"]:
+            groups.setdefault(record["experiment"], []).append(record)
+    return VisionStudy(groups[max(groups)]) if groups else None
+
+
+def settings_table(plan: str, records: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Every method under one plan: dense and sparse accuracy, what sparsity costs, and ours against it."""
+    study = main_study(records)
+    if study is None:
+        return None
+    ours = ours_for(plan, study.methods)
+    rows = []
+    for method in study.methods:
+        sparse = accuracy(study, method, plan)
+        if sparse is None or not _belongs(method, plan):
+            continue
+        seeds = study.seeds(method)
+        dense_plain = study.values("plain", "dense", seeds=[s for s in seeds if s in study.seeds("plain")])
+        dense = accuracy(study, method, "dense")
+        lost = statistics.fmean(dense_plain) - sparse.mean if dense_plain else None
+        against = advantage(study, ours, method, plan) if ours and method != ours else None
+        name = f"**{label(method)}**" if method == ours else label(method)
+        rows.append(
+            [
+                name,
+                points(dense),
+                points(sparse),
+                MISSING if lost is None else number(100 * lost),
+                study.best_score(method, plan) or MISSING,
+                points(against) if against else MISSING,
+                len(seeds),
+            ]
+        )
+    if not rows:
+        return None
+    sample = next(iter(study.records.values()))
+    settings = sample["config"]["evaluation"]["plans"][plan]
+    row = next(r for r in sample["rows"] if r["plan"] == plan)
+    return Table(
+        f"vision-setting-{SETTINGS[plan].lower()}",
+        f"Setting {SETTINGS[plan]}: {settings['keep']} patch tokens from layer {settings['before_layer']} on, "
+        f"{100 * row['sparsity']:.1f} % sparsity",
+        ["method", "dense", "sparse", "lost", "score", "ours − method", "seeds"],
+        rows,
+        notes=[
+            "Test accuracy per answer in per cent, mean over seeds with 95 % interval; lost: points below the plain "
+            "model's dense accuracy. The selection score is each method's best on validation; differences are paired "
+            "by seed. All methods start from the same dense model and take the same number of further steps.",
+        ],
+        align="lrrrlrr",
+        record_ids=study.record_ids,
+    )
+
+
+def _belongs(method: str, plan: str) -> bool:
+    """A method that trains with the path of another setting has no row in this one."""
+    return not any(method.endswith(f"_{s[-1]}") for s in SETTINGS if s != plan)
+
+
+@register_table("vision-setting-a", experiments=VIT)
+def setting_a(records: list[dict[str, Any]]) -> Table | None:
+    return settings_table("setting_a", records)
+
+
+@register_table("vision-setting-b", experiments=VIT)
+def setting_b(records: list[dict[str, Any]]) -> Table | None:
+    return settings_table("setting_b", records)
+
+
+@register_table("vision-curves", experiments=VIT)
+def curves(records: list[dict[str, Any]]) -> Table | None:
+    """Accuracy over sparsity for column and token plans."""
+    study = main_study(records)
+    if study is None:
+        return None
+    plans = [(plan, level) for plan in ("columns", "tokens") for level in study.levels(plan) if level is not None]
+    rows = []
+    for method in study.methods:
+        cells = [accuracy(study, method, plan, level=level) for plan, level in plans]
+        if any(cells):
+            dense = accuracy(study, method, "dense")
+            rows.append([label(method), *(MISSING if c is None else number(100 * c.mean) for c in (dense, *cells))])
+    if not rows or not plans:
+        return None
+    return Table(
+        "vision-curves",
+        "Test accuracy by realised sparsity",
+        ["method", "dense", *(f"{plan} {100 * level:.0f} %" for plan, level in plans)],
+        rows,
+        notes=[
+            "Per cent of answers, mean over seeds, each with the selection score that is best on validation. Columns: "
+            "keys per head, shared by its queries. Tokens: patch tokens dropped before the first layer.",
+        ],
+        record_ids=study.record_ids,
+    )
+
+
+@register_table("vision-masks", experiments=VIT)
+def masks(records: list[dict[str, Any]]) -> Table | None:
+    """Overlap of the best-ranked patches with the semantic mask at matched area."""
+    study = main_study(records)
+    if study is None:
+        return None
+    rows = []
+    for method in study.methods:
+        found = study.localisation(method)
+        if found is None or not found["iou"]:
+            continue
+        magnitude = study.localisation(method, scores=("magnitude",))
+        rows.append(
+            [
+                label(method),
+                estimate(mean_and_interval(found["iou"])),
+                found["score"],
+                found["layer"],
+                number(statistics.fmean(magnitude["iou"])) if magnitude else MISSING,
+                number(statistics.fmean(found["random"])),
+                len(study.seeds(method)),
+            ]
+        )
+    if not rows:
+        return None
+    return Table(
+        "vision-masks",
+        "Overlap (IoU) of the highest-ranked patches with the semantic mask, at matched area",
+        ["method", "IoU", "score", "layer", "by magnitude", "random", "seeds"],
+        rows,
+        notes=[
+            "As many patches are kept as the image's mask covers; the best possible value is 1. Score and layer are "
+            "each method's best on validation, the numbers are of the test images. Mean over seeds, 95 % interval.",
+        ],
+        align="lrlrrrr",
+        record_ids=study.record_ids,
+    )
+
+
+@register_table("cifar-mce", experiments=("cifar/",))
+def mce(records: list[dict[str, Any]]) -> Table | None:
+    """Clean accuracy and mean corruption error, dense and sparse."""
+    study = main_study(records)
+    if study is None:
+        return None
+    ours = ours_for("robustness", study.methods)
+    rows = []
+    for method in study.methods:
+        errors = {plan: study.corruption_errors(method, plan) for plan in ("dense", "sparse")}
+        if not errors["dense"]:
+            continue
+        cells = [points(mean_and_interval(values)) if values else MISSING for values in errors.values()]
+        against = MISSING
+        if ours and method != ours:
+            seeds = study.shared_seeds(ours, method)
+            theirs, own = (study.corruption_errors(name, "dense", seeds=seeds) for name in (method, ours))
+            against = points(paired_difference(theirs, own)) if own and len(own) == len(theirs) else MISSING
+        name = f"**{label(method)}**" if is_ours(method) else label(method)
+        rows.append([name, points(accuracy(study, method, "dense")), *cells, against, len(study.seeds(method))])
+    if not rows:
+        return None
+    return Table(
+        "cifar-mce",
+        "Mean corruption error",
+        ["method", "clean accuracy", "mCE dense", "mCE at 80 % sparsity", "method − ours", "seeds"],
+        rows,
+        notes=[
+            "Per cent; mCE is the plain mean of the error over 15 corruptions and 5 severities, lower is better. Mean "
+            "over seeds with 95 % interval; differences of the dense mCE are paired by seed.",
+        ],
+        record_ids=study.record_ids,
+    )
+
+
+@register_table("cifar-corruptions", experiments=("cifar/",))
+def corruptions(records: list[dict[str, Any]]) -> Table | None:
+    """Error per corruption, mean over severities and seeds."""
+    study = main_study(records)
+    if study is None:
+        return None
+    by_method = {method: study.errors_by_corruption(method) for method in study.methods}
+    by_method = {method: errors for method, errors in by_method.items() if errors}
+    if not by_method:
+        return None
+    names = list(next(iter(by_method.values())))
+    rows = [[name.replace("_", " "), *(100 * errors[name] for errors in by_method.values())] for name in names]
+    return Table(
+        "cifar-corruptions",
+        "Error by corruption, dense",
+        ["corruption", *(label(method) for method in by_method)],
+        rows,
+        notes=["Per cent, mean over five severities and the seeds. The last four do not count in the mCE."],
+        record_ids=study.record_ids,
+    )

@@ -1,0 +1,267 @@
+"""What a vision model can be penalised for while it trains: entropies of its attention or tokens, and their rivals.
+
+Every penalty reads what the probes of :func:`entreg.adapters.probe` captured in the last forward pass (and, for
+gates, what :func:`entreg.adapters.sparsify` selected) and returns one tensor per layer for
+:class:`entreg.regularizer.EntropyRegularizer`, which weighs them, ramps them and applies the hinge. Entropies are in
+nats. Which attention or which points the paper regularises is not stated; all of this is our reading.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entreg.entropy import BallEntropy, HalfspaceEntropy, attention_key_entropy, attention_row_entropy
+from entreg.entropy.soft_partition import entropy_of_masses
+from entreg.errors import ConfigError, InputError
+from entreg.regularizer import EntropyRegularizer, Term
+from entreg.sparse import selection_scores
+
+
+@dataclass(frozen=True)
+class PenaltySettings:
+    """One penalty of a training run.
+
+    Attributes:
+        quantity: a key of :data:`QUANTITIES`.
+        term: weight, schedule and hinge, see :class:`entreg.regularizer.Term`.
+        layers: indices of the blocks it acts on; None for all.
+        budget: number of keys or tokens that the hinge leaves free: the floor is log(budget) nats. At least 1; not
+            together with the term's own floor.
+        num_sampled_queries: query rows that attention quantities look at; None for all.
+        points: what ``ball`` and ``halfspace`` partition: ``keys`` (heads side by side) or ``tokens`` (block outputs).
+        num_cells: anchors of ``ball``; of ``halfspace`` the number of cells, a power of two.
+        sharpness: of ``ball`` and ``halfspace``, in units of the data's own scale.
+        initialization: of their anchors: ``random``, ``kmeans++`` or ``farthest`` (ball), ``random`` or ``principal``
+            (halfspace), on the first batch.
+        score: selection score of ``selection_entropy``, see :func:`entreg.sparse.selection_scores`.
+        distortion: weight of the distortion in ``rate_distortion``, in nats per unit of relative distortion.
+    """
+
+    quantity: str
+    term: Term
+    layers: tuple[int, ...] | None = None
+    budget: float | None = None
+    num_sampled_queries: int | None = 32
+    points: str = "keys"
+    num_cells: int = 16
+    sharpness: float = 10.0
+    initialization: str = "kmeans++"
+    score: str = "mixed"
+    distortion: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.quantity not in QUANTITIES:
+            raise ConfigError(f"unknown penalty '{self.quantity}', known are {', '.join(QUANTITIES)}")
+        if self.points not in ("keys", "tokens"):
+            raise ConfigError(f"points of a penalty must be keys or tokens, got '{self.points}'")
+        if self.budget is not None and (self.budget < 1 or self.term.floor is not None):
+            raise ConfigError("a penalty's budget must be at least 1, and its term must have no floor of its own")
+
+
+def penalty_from_mapping(values: Mapping[str, Any]) -> PenaltySettings:
+    """Settings from plain values, the fields of the term beside the penalty's own.
+
+    Raises:
+        ConfigError: an unknown key, or a value out of range.
+    """
+    own = {field.name for field in fields(PenaltySettings)} - {"term"}
+    of_term = {field.name for field in fields(Term)}
+    unknown = sorted(set(values) - own - of_term)
+    if unknown:
+        raise ConfigError(f"unknown key '{unknown[0]}' of a penalty, known are {', '.join(sorted(own | of_term))}")
+    chosen = {name: value for name, value in values.items() if name in own}
+    if chosen.get("layers") is not None:
+        chosen["layers"] = tuple(chosen["layers"])
+    try:
+        term = Term(**{name: value for name, value in values.items() if name in of_term})
+        return PenaltySettings(term=term, **chosen)
+    except (InputError, TypeError) as error:
+        raise ConfigError(f"penalty {values.get('quantity')}: {error}") from error
+
+
+def _row_entropy(settings: PenaltySettings, capture: Any, module: nn.Module | None) -> Tensor:
+    return attention_row_entropy(
+        capture.queries, capture.keys, scale=capture.scale, num_sampled_queries=settings.num_sampled_queries
+    )
+
+
+def _key_entropy(settings: PenaltySettings, capture: Any, module: nn.Module | None) -> Tensor:
+    return attention_key_entropy(
+        capture.queries, capture.keys, scale=capture.scale, num_sampled_queries=settings.num_sampled_queries
+    )
+
+
+def _selection_entropy(settings: PenaltySettings, capture: Any, module: nn.Module | None) -> Tensor:
+    """Entropy of the score that token selection goes by, over the patches and shared by the heads: (batch,)."""
+    scores = selection_scores(
+        capture.queries,
+        capture.keys,
+        settings.score,
+        num_prefix=capture.num_prefix,
+        num_sampled_queries=settings.num_sampled_queries,
+        scale=capture.scale,
+        values=capture.values,
+    )
+    patches = scores.mean(1)[:, capture.num_prefix :]
+    return entropy_of_masses(patches / patches.sum(-1, keepdim=True))
+
+
+def _partition_entropy(settings: PenaltySettings, capture: Any, module: nn.Module | None) -> Tensor:
+    return module(_points(settings, capture))
+
+
+def _rate_distortion(settings: PenaltySettings, capture: Any, module: nn.Module | None) -> Tensor:
+    """Entropy of the partition plus what it costs to replace every point by its anchor.
+
+    The distortion is the mean squared distance to the anchor, relative to the total variance of the points, so that
+    putting all points into one part (which makes the entropy alone zero) costs about 1. Anchors move with it.
+    """
+    points = _points(settings, capture)
+    squared = torch.cdist(points, module.anchors.expand(len(points), -1, -1)).square()
+    variance = points.var(dim=1, correction=0).sum(-1).clamp_min(torch.finfo(points.dtype).tiny)
+    weights = torch.softmax(-settings.sharpness * squared / variance[:, None, None], dim=-1)
+    distortion = (weights * squared).sum(-1).mean(-1) / variance
+    return entropy_of_masses(weights.mean(1)) + settings.distortion * distortion
+
+
+def _l1_logits(settings: PenaltySettings, capture: Any, module: nn.Module | None) -> Tensor:
+    """Mean absolute attention logit per head: (batch, heads). Rows are a fixed, evenly spaced sample."""
+    n = capture.queries.shape[2]
+    rows = n if settings.num_sampled_queries is None else min(n, settings.num_sampled_queries)
+    indices = torch.linspace(0, n - 1, rows, device=capture.queries.device).round().long()
+    logits = capture.queries[:, :, indices] @ capture.keys.transpose(-1, -2)
+    return (capture.scale * logits).abs().float().mean((-1, -2))
+
+
+def _points(settings: PenaltySettings, capture: Any) -> Tensor:
+    if settings.points == "tokens":
+        return capture.tokens.float()
+    return capture.keys.transpose(1, 2).flatten(2).float()
+
+
+QUANTITIES: dict[str, Callable[[PenaltySettings, Any, nn.Module | None], Tensor] | None] = {
+    "row_entropy": _row_entropy,
+    "key_entropy": _key_entropy,
+    "selection_entropy": _selection_entropy,
+    "ball": _partition_entropy,
+    "halfspace": _partition_entropy,
+    "rate_distortion": _rate_distortion,
+    "l1_logits": _l1_logits,
+    # Read from the gate of the sparse path, not from a capture.
+    "l1_gate": None,
+}
+"""Penalties by name; each function maps settings, one layer's capture and its anchors to a tensor."""
+
+_WITH_ANCHORS = ("ball", "halfspace", "rate_distortion")
+
+
+class Penalties(nn.Module):
+    """The penalties of a run and the regulariser that weighs them.
+
+    Anchors are parameters of this module, chosen on the first batch of training; pass ``parameters()`` to the
+    optimiser after :meth:`prepare`.
+
+    Args:
+        settings: by the name under which the penalty is logged. May be empty: the penalty is then 0.
+
+    Attributes:
+        regularizer: the :class:`~entreg.regularizer.EntropyRegularizer`, or None without penalties.
+    """
+
+    def __init__(self, settings: Mapping[str, PenaltySettings]) -> None:
+        super().__init__()
+        self.settings = dict(settings)
+        self.anchors = nn.ModuleDict()
+        terms = {name: _with_floor(one) for name, one in self.settings.items()}
+        self.regularizer = EntropyRegularizer(terms) if terms else None
+
+    @property
+    def need_captures(self) -> bool:
+        """Whether a probe must be attached."""
+        return any(one.quantity != "l1_gate" for one in self.settings.values())
+
+    @property
+    def needs_gate(self) -> bool:
+        """Whether the sparse path must have a gate."""
+        return any(one.quantity == "l1_gate" for one in self.settings.values())
+
+    @torch.no_grad()
+    def prepare(self, captures: Sequence[Any], seed: int) -> None:
+        """Choose the anchors of partition penalties from one batch's captures.
+
+        Args:
+            captures: of every layer, from a probe.
+            seed: of the choice.
+
+        Raises:
+            ConfigError: a penalty names a layer that the model has not.
+        """
+        for name, one in self.settings.items():
+            if one.quantity not in _WITH_ANCHORS:
+                continue
+            for capture in self._of_layers(name, captures):
+                points = _points(one, capture)
+                if one.quantity == "halfspace":
+                    module: nn.Module = HalfspaceEntropy(
+                        one.num_cells.bit_length() - 1, points.shape[-1], sharpness=one.sharpness
+                    )
+                else:
+                    module = BallEntropy(one.num_cells, points.shape[-1], sharpness=one.sharpness)
+                module = module.to(points.device)
+                module.initialize_from(points.flatten(0, 1), method=one.initialization, seed=seed)
+                self.anchors[f"{name}_{capture.layer}"] = module
+
+    def forward(
+        self, captures: Sequence[Any], gates: Sequence[Tensor], step: int
+    ) -> tuple[Tensor | None, dict[str, float]]:
+        """The weighted penalty of one step and the numbers for the log.
+
+        Args:
+            captures: of the forward pass, one per layer.
+            gates: values in [0, 1] of every gate of the sparse path, (batch, patches) each.
+            step: number of the training step.
+
+        Returns:
+            the penalty (None without penalties) and its parts, as from the regulariser.
+
+        Raises:
+            ConfigError: a layer that the model has not, or ``l1_gate`` without a gate.
+        """
+        if self.regularizer is None:
+            return None, {}
+        return self.regularizer({name: self._values(name, captures, gates) for name in self.settings}, step)
+
+    def _values(self, name: str, captures: Sequence[Any], gates: Sequence[Tensor]) -> list[Tensor]:
+        one = self.settings[name]
+        function = QUANTITIES[one.quantity]
+        if function is None:
+            if not gates:
+                raise ConfigError("the penalty l1_gate needs a sparse path with score: gate in training")
+            return [gate.float().mean(-1) for gate in gates]
+        return [
+            function(one, capture, self.anchors[key] if (key := f"{name}_{capture.layer}") in self.anchors else None)
+            for capture in self._of_layers(name, captures)
+        ]
+
+    def _of_layers(self, name: str, captures: Sequence[Any]) -> list[Any]:
+        layers = self.settings[name].layers
+        if layers is None:
+            return list(captures)
+        by_layer = {capture.layer: capture for capture in captures}
+        missing = [layer for layer in layers if layer not in by_layer]
+        if missing:
+            raise ConfigError(f"penalty {name} names layer {missing[0]}, the model has layers {sorted(by_layer)}")
+        return [by_layer[layer] for layer in layers]
+
+
+def _with_floor(settings: PenaltySettings) -> Term:
+    if settings.budget is None:
+        return settings.term
+    values = {field.name: getattr(settings.term, field.name) for field in fields(Term)}
+    return Term(**{**values, "floor": math.log(settings.budget)})

@@ -1,0 +1,25 @@
+"""Train one vision model with one method, evaluate it dense and sparse, and save the record.
+
+python scripts/train.py                                                      the digit scenes, no regulariser
+python scripts/train.py regularizer=key_entropy sparsity=setting_a seed=1    entropy, sparse in the loop
+python scripts/train.py experiment=vit/imagenet data.root=/data/imagenet     the paper's scale
+python scripts/train.py profile=smoke store=outputs/smoke                    in seconds
+python scripts/train.py -m regularizer=key_entropy,row_entropy,none seed=0,1,2    a Hydra multirun
+"""
+
+from omegaconf import DictConfig, OmegaConf
+
+from entreg.cli import command_line, hydra_main
+from entreg.evaluation.vision_experiment import plan_run, run_all
+from entreg.evaluation.vision_report import report
+
+
+@hydra_main("train")
+def main(config: DictConfig) -> None:
+    run = plan_run(OmegaConf.to_container(config, resolve=True))
+    records = run_all([run], store=config.store, command=command_line(), force=config.force)
+    print(report(records, config.store))
+
+
+if __name__ == "__main__":
+    main()

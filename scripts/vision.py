@@ -1,0 +1,25 @@
+"""Run all methods and seeds of a vision experiment, save their records, print tables and verdicts.
+
+python scripts/vision.py profile=reproduce                                   the ten-minute version
+python scripts/vision.py experiment=cifar/digits store=results/runs          a study behind the reference records
+python scripts/vision.py experiment=vit/imagenet profile=paper data.root=/data/imagenet
+python scripts/vision.py profile=smoke store=outputs/smoke                   in seconds
+"""
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from entreg.cli import command_line, hydra_main
+from entreg.evaluation.vision_experiment import plan_run, run_all, study_configs
+from entreg.evaluation.vision_report import report
+
+
+@hydra_main("train")
+def main(config: DictConfig) -> None:
+    runs = [plan_run(one) for one in study_configs(config, HydraConfig.get().overrides.task)]
+    records = run_all(runs, store=config.store, command=command_line(), force=config.force)
+    print(report(records, config.store))
+
+
+if __name__ == "__main__":
+    main()

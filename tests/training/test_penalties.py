@@ -1,0 +1,166 @@
+"""Every penalty against its formula written out in float64, and what a configuration may say about it."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from entreg.errors import ConfigError
+from entreg.training.penalties import Penalties, penalty_from_mapping
+
+BATCH, HEADS, N, D, PREFIX = 2, 3, 9, 4, 2
+
+
+def capture(layer: int = 0, seed: int = 0) -> SimpleNamespace:
+    generator = torch.Generator().manual_seed(seed + layer)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    queries, keys, values = (draw(BATCH, HEADS, N, D).requires_grad_() for _ in range(3))
+    return SimpleNamespace(
+        layer=layer,
+        queries=queries,
+        keys=keys,
+        values=values,
+        scale=0.7,
+        tokens=draw(BATCH, N, HEADS * D),
+        num_prefix=PREFIX,
+    )
+
+
+def attention(one: SimpleNamespace) -> torch.Tensor:
+    return (one.scale * one.queries @ one.keys.transpose(-1, -2)).softmax(-1)
+
+
+def entropy(masses: torch.Tensor) -> torch.Tensor:
+    return -(masses * masses.log()).sum(-1)
+
+
+def values_of(quantity: str, captures: list, gates=(), **settings):
+    """Mean over layers of the unhinged quantity, as the penalty of weight 1 gives it."""
+    mapping = {"quantity": quantity, "weight": 1.0, "num_sampled_queries": None, **settings}
+    penalties = Penalties({"one": penalty_from_mapping(mapping)})
+    penalties.prepare(captures, seed=0)
+    penalty, _ = penalties(captures, gates, step=0)
+    return penalty, penalties
+
+
+def test_row_entropy_is_the_mean_entropy_of_attention_rows():
+    one = capture()
+    penalty, _ = values_of("row_entropy", [one])
+    torch.testing.assert_close(penalty, entropy(attention(one)).mean())
+
+
+def test_key_entropy_is_the_entropy_of_the_mean_row():
+    one = capture()
+    penalty, _ = values_of("key_entropy", [one])
+    torch.testing.assert_close(penalty, entropy(attention(one).mean(2)).mean())
+
+
+def test_selection_entropy_is_that_of_the_mixed_score_over_the_patches():
+    one = capture()
+    received, prefix = attention(one).mean(2), attention(one)[:, :, :PREFIX].mean(2)
+    patches = (0.5 * received + 0.5 * prefix).mean(1)[:, PREFIX:]
+    penalty, _ = values_of("selection_entropy", [one])
+    torch.testing.assert_close(penalty, entropy(patches / patches.sum(-1, keepdim=True)).mean(), rtol=1e-6, atol=0)
+
+
+def test_l1_logits_is_the_mean_absolute_logit():
+    one = capture()
+    penalty, _ = values_of("l1_logits", [one])
+    logits = one.scale * one.queries @ one.keys.transpose(-1, -2)
+    torch.testing.assert_close(penalty.double(), logits.abs().mean(), rtol=1e-5, atol=0)
+
+
+def test_rate_distortion_is_entropy_plus_relative_distance_to_the_anchors():
+    one = capture()
+    penalty, penalties = values_of(
+        "rate_distortion", [one], points="tokens", num_cells=3, distortion=2.5, sharpness=7.0
+    )
+    anchors = penalties.anchors["one_0"].anchors.double()
+    expected = []
+    for points in one.tokens:
+        squared = ((points[:, None] - anchors) ** 2).sum(-1)
+        variance = ((points - points.mean(0)) ** 2).sum(-1).mean()
+        weights = torch.softmax(-7.0 * squared / variance, dim=-1)
+        expected.append(entropy(weights.mean(0)) + 2.5 * (weights * squared).sum(-1).mean() / variance)
+    torch.testing.assert_close(penalty.double(), torch.stack(expected).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_distortion_keeps_partitions_from_collapsing_into_one_part():
+    """Two far clusters: with one anchor far away the entropy alone is 0, the distortion is not."""
+    one = capture()
+    one.tokens = torch.cat([torch.zeros(1, 5, 2), torch.full((1, 5, 2), 8.0)], 1)
+    _, penalties = values_of("rate_distortion", [one], points="tokens", num_cells=2, sharpness=50.0, distortion=4.0)
+    anchors = penalties.anchors["one_0"].anchors
+    with torch.no_grad():
+        anchors.copy_(torch.tensor([[4.0, 4.0], [1e3, 1e3]]))
+    collapsed, _ = penalties([one], (), 0)
+    with torch.no_grad():
+        anchors.copy_(torch.tensor([[0.0, 0.0], [8.0, 8.0]]))
+    split, _ = penalties([one], (), 0)
+    torch.testing.assert_close(collapsed.item(), 4.0, rtol=1e-4, atol=0)
+    torch.testing.assert_close(split.item(), math.log(2), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("quantity", "cells"), [("ball", 4), ("halfspace", 4)])
+def test_partition_entropies_lie_in_their_range_and_reach_points_and_anchors(quantity, cells):
+    one = capture()
+    initialization = "random"
+    penalty, penalties = values_of(
+        quantity, [one], num_cells=cells, initialization=initialization, sharpness=3.0, points="keys"
+    )
+    assert 0 < penalty.item() < math.log(cells)
+    penalty.backward()
+    assert one.keys.grad.abs().sum() > 0
+    assert all(parameter.grad is not None for parameter in penalties.parameters())
+
+
+def test_gate_penalty_is_the_mean_gate():
+    gates = [torch.tensor([[0.1, 0.5], [0.3, 0.9]]), torch.tensor([[1.0, 0.0], [0.0, 0.0]])]
+    penalty, penalties = values_of("l1_gate", [], gates)
+    torch.testing.assert_close(penalty.item(), (0.3 + 0.6 + 0.5 + 0.0) / 4)
+    assert penalties.needs_gate
+    assert not penalties.need_captures
+    with pytest.raises(ConfigError, match="score: gate"):
+        penalties([], (), 0)
+
+
+def test_layers_choose_among_captures_and_a_missing_one_is_named():
+    captures = [capture(0), capture(1), capture(2)]
+    penalty, _ = values_of("row_entropy", captures, layers=[2, 0])
+    expected = (entropy(attention(captures[0])).mean() + entropy(attention(captures[2])).mean()) / 2
+    torch.testing.assert_close(penalty, expected)
+    with pytest.raises(ConfigError, match="names layer 7"):
+        values_of("row_entropy", captures, layers=[7])
+
+
+def test_budget_is_a_hinge_at_its_logarithm():
+    one = capture()
+    penalty, penalties = values_of("row_entropy", [one], budget=4)
+    expected = torch.relu(entropy(attention(one)).mean(-1) - math.log(4)).mean()
+    torch.testing.assert_close(penalty, expected)
+    assert penalties.regularizer.terms["one"].floor == math.log(4)
+    free, _ = values_of("row_entropy", [one], budget=N)
+    assert free.item() == 0
+
+
+def test_no_penalties_is_none():
+    assert Penalties({})([], (), 0) == (None, {})
+
+
+@pytest.mark.parametrize(
+    ("mapping", "word"),
+    [
+        ({"quantity": "entropi", "weight": 1.0}, "unknown penalty 'entropi'"),
+        ({"quantity": "row_entropy", "weight": 1.0, "lambda": 2}, "unknown key 'lambda'"),
+        ({"quantity": "row_entropy", "weight": -1.0}, "weight must be"),
+        ({"quantity": "row_entropy"}, "weight"),
+        ({"quantity": "row_entropy", "weight": 1.0, "budget": 0.5}, "budget must be at least 1"),
+        ({"quantity": "row_entropy", "weight": 1.0, "budget": 3, "floor": 1.0}, "no floor"),
+        ({"quantity": "ball", "weight": 1.0, "points": "pixels"}, "keys or tokens"),
+    ],
+)
+def test_a_wrong_mapping_is_one_sentence(mapping, word):
+    with pytest.raises(ConfigError, match=word) as caught:
+        penalty_from_mapping(mapping)
+    assert "\n" not in str(caught.value)
