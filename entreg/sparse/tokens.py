@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from entreg.errors import InputError
+from entreg.sparse._slots import Slots, choose_slots, merge_rows, nearest_anchors, rows_at, wide_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +87,20 @@ def drop_tokens(
     Raises:
         InputError: shapes, dtypes or values that do not fit the above, or an image that would be left without tokens.
     """
-    raise NotImplementedError
+    keep = _checked(x, scores, keep, num_prefix, sizes)
+    slots = choose_slots(scores, keep, num_prefix)
+    kept_sizes = None if sizes is None else sizes.gather(1, slots.positions)
+    reduction = TokenReduction(
+        kept=slots.kept,
+        assignment=slots.numbered(x.shape[1], -1),
+        sizes=slots.masked(slots.ones(x) if kept_sizes is None else kept_sizes),
+        scores=scores,
+        valid=slots.valid,
+    )
+    reduced = slots.masked(rows_at(x, slots.positions))
+    if straight_through:
+        reduced = _straight_through(reduced, scores, slots, num_prefix)
+    return reduced, reduction
 
 
 def merge_tokens(
@@ -118,7 +132,33 @@ def merge_tokens(
     Raises:
         InputError: shapes, dtypes or values that do not fit the above.
     """
-    raise NotImplementedError
+    keep = _checked(x, scores, keep, num_prefix, sizes)
+    if num_prefix == x.shape[1]:
+        return drop_tokens(x, scores, keep, num_prefix=num_prefix, sizes=sizes)
+    smallest = keep if isinstance(keep, int) else int(keep.min())
+    if smallest < 1:
+        raise InputError("merging needs keep of at least 1: a dropped token has no representative")
+    features = x if features is None else features
+    _require_tokens("features", features, x)
+    slots = choose_slots(scores, keep, num_prefix)
+    # Those that are anchors in every image need not look for one.
+    others = slots.order[:, smallest:]
+    nearest = num_prefix + nearest_anchors(features, others, slots, num_prefix)
+    if slots.valid is not None:
+        # In an image that keeps more than the smallest budget, some of the others are anchors themselves.
+        own = slots.numbered(x.shape[1], -1).gather(1, others)
+        nearest = torch.where(own < 0, nearest, own)
+    merged, total = merge_rows(x, sizes, slots, others, nearest)
+    reduction = TokenReduction(
+        kept=slots.kept,
+        assignment=slots.numbered(x.shape[1], 0).scatter(1, others, nearest),
+        sizes=total,
+        scores=scores,
+        valid=slots.valid,
+    )
+    if straight_through:
+        merged = _straight_through(merged, scores, slots, num_prefix)
+    return merged, reduction
 
 
 def bipartite_merge(
@@ -143,7 +183,31 @@ def bipartite_merge(
     Raises:
         InputError: shapes, dtypes or values that do not fit the above.
     """
-    raise NotImplementedError
+    _require_x(x, num_prefix, sizes)
+    _require_tokens("metric", metric, x)
+    if r < 0:
+        raise InputError(f"r must be at least 0, got {r}")
+    batch, n, _ = x.shape
+    r = min(r, (n - num_prefix) // 2)
+    positions = torch.arange(n, device=x.device)
+    even, odd = num_prefix + num_prefix % 2, num_prefix + 1 - num_prefix % 2
+    first, second = positions[even::2], positions[odd::2]
+    if r == 0:
+        kept = positions.expand(batch, n)
+        total = x.new_ones(batch, n, dtype=wide_dtype(x)) if sizes is None else sizes
+        return x, TokenReduction(kept=kept, assignment=kept, sizes=total)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        unit = F.normalize(metric.detach().to(wide_dtype(metric)), dim=-1)
+        similarity, partner = (unit[:, even::2] @ unit[:, odd::2].mT).max(-1)
+        order = similarity.argsort(dim=1, descending=True, stable=True)
+    rest = first[order[:, r:].sort(dim=1).values]
+    prefix, second = positions[:num_prefix].expand(batch, -1), second.expand(batch, -1)
+    slots = Slots(torch.cat((prefix, rest, second), 1), None, None)
+    others = first[order[:, :r]]
+    targets = num_prefix + rest.shape[1] + partner.gather(1, order[:, :r])
+    merged, total = merge_rows(x, sizes, slots, others, targets)
+    assignment = slots.numbered(n, 0).scatter(1, others, targets)
+    return merged, TokenReduction(kept=slots.positions, assignment=assignment, sizes=total)
 
 
 def unmerge(y: Tensor, reduction: TokenReduction, *, fill: Tensor | None = None) -> Tensor:
@@ -160,7 +224,16 @@ def unmerge(y: Tensor, reduction: TokenReduction, *, fill: Tensor | None = None)
     Raises:
         InputError: shapes that do not fit.
     """
-    raise NotImplementedError
+    batch, n = reduction.assignment.shape
+    if y.dim() != 3 or y.shape[:2] != reduction.kept.shape:
+        raise InputError(f"y must be of shape (*{tuple(reduction.kept.shape)}, c), got {tuple(y.shape)}")
+    if fill is not None and fill.shape != (batch, n, y.shape[2]):
+        raise InputError(f"fill must be of shape {(batch, n, y.shape[2])}, got {tuple(fill.shape)}")
+    # What dropped tokens get stands behind the last row of y, so that one copy of rows does it all.
+    behind = y.new_zeros(batch, 1, y.shape[2]) if fill is None else fill.to(y.dtype)
+    places = y.shape[1] + torch.arange(behind.shape[1], device=y.device)
+    assignment = reduction.assignment
+    return rows_at(torch.cat((y, behind), 1), torch.where(assignment < 0, places, assignment))
 
 
 def compose_reductions(first: TokenReduction, second: TokenReduction) -> TokenReduction:
@@ -171,4 +244,73 @@ def compose_reductions(first: TokenReduction, second: TokenReduction) -> TokenRe
     Raises:
         InputError: the second does not start from what the first leaves.
     """
-    raise NotImplementedError
+    if second.assignment.shape != first.kept.shape:
+        raise InputError(
+            f"the second reduction starts from tokens {tuple(second.assignment.shape)}, "
+            f"but the first leaves {tuple(first.kept.shape)}"
+        )
+    if first.valid is not None:
+        raise InputError("a padded reduction cannot be followed by another; give every image the same budget")
+    kept = first.kept.gather(1, second.kept.clamp_min(0))
+    assignment = second.assignment.gather(1, first.assignment.clamp_min(0))
+    return TokenReduction(
+        kept=kept.masked_fill(second.kept < 0, -1),
+        assignment=assignment.masked_fill(first.assignment < 0, -1),
+        sizes=second.sizes,
+        valid=second.valid,
+    )
+
+
+def _straight_through(reduced: Tensor, scores: Tensor, slots: Slots, num_prefix: int) -> Tensor:
+    if not (torch.is_grad_enabled() and scores.requires_grad):
+        return reduced
+    patches = scores[:, num_prefix:].to(wide_dtype(scores))
+    smallest = math.sqrt(torch.finfo(patches.dtype).tiny)
+    share = patches / patches.sum(1, keepdim=True)
+    logs = F.pad(share.clamp_min(smallest).log(), (num_prefix, 0)).gather(1, slots.positions)
+    # a - a is 0, so the factor is exactly 1 and its gradient that of log share.
+    factor = 1.0 + slots.masked(logs - logs.detach())
+    return reduced * factor.to(reduced.dtype).unsqueeze(-1)
+
+
+def _checked(x: Tensor, scores: Tensor, keep: int | Tensor, num_prefix: int, sizes: Tensor | None) -> int | Tensor:
+    _require_x(x, num_prefix, sizes)
+    batch, n, _ = x.shape
+    if not scores.is_floating_point() or scores.shape != (batch, n):
+        raise InputError(
+            f"scores must be floating point of shape {(batch, n)}, got {scores.dtype} {tuple(scores.shape)}"
+        )
+    if isinstance(keep, Tensor):
+        if keep.dtype != torch.int64 or keep.shape != (batch,):
+            raise InputError(
+                f"keep must be an integer or int64 of shape {(batch,)}, got {keep.dtype} {tuple(keep.shape)}"
+            )
+        smallest, largest = int(keep.min()), int(keep.max())
+    else:
+        smallest = largest = keep
+    if not 0 <= smallest <= largest <= n - num_prefix:
+        raise InputError(f"keep must be in [0, {n - num_prefix}], the number of patch tokens, got {keep}")
+    if smallest + num_prefix == 0:
+        raise InputError("an image without prefix tokens must keep at least one patch token")
+    return keep
+
+
+def _require_x(x: Tensor, num_prefix: int, sizes: Tensor | None) -> None:
+    if x.dim() != 3 or x.numel() == 0 or not x.is_floating_point():
+        raise InputError(
+            f"x must be a non-empty floating-point tensor of shape (batch, n, c), got {x.dtype} {tuple(x.shape)}"
+        )
+    if not 0 <= num_prefix <= x.shape[1]:
+        raise InputError(f"num_prefix must be in [0, {x.shape[1]}], got {num_prefix}")
+    if sizes is not None and (not sizes.is_floating_point() or sizes.shape != x.shape[:2]):
+        raise InputError(
+            f"sizes must be floating point of shape {tuple(x.shape[:2])}, got {sizes.dtype} {tuple(sizes.shape)}"
+        )
+
+
+def _require_tokens(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.dim() != 3 or tensor.shape[:2] != x.shape[:2] or not tensor.is_floating_point():
+        raise InputError(
+            f"{name} must be floating point of shape ({x.shape[0]}, {x.shape[1]}, d), "
+            f"got {tensor.dtype} {tuple(tensor.shape)}"
+        )
