@@ -78,6 +78,14 @@ ASSETS: dict[str, Asset] = {
         license="MIT (package); the images keep the terms of their data sets",
         description="20 labelled images each of ImageNet, CIFAR-10, CIFAR-100, MNIST and Fashion-MNIST",
     ),
+    "frost_textures": Asset(
+        requirement="imagecorruptions==1.1.2",
+        archive_sha256="d0e4bf529ba6fbb27d8aba1bde7c5db43bf2b969b2c767c11419e939e3e365b8",
+        member="imagecorruptions/frost/",
+        member_sha256="e1229136d6fcca51881c8b44d63599e8f95cc51f9e609bcba2d7a4ba58e8d646",
+        license="Apache-2.0",
+        description="the photographs of frost of ImageNet-C and CIFAR-C",
+    ),
 }
 
 

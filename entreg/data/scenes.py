@@ -15,21 +15,20 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from entreg.data.digits import SPLITS, describe_digits, digit_pool
+from entreg.data.digits import SPLITS, digit_pool
 from entreg.data.scene_painting import SceneRecipe, num_uniform, paint
 from entreg.errors import InputError
 
 MEAN, STANDARD_DEVIATION = 0.2, 0.35
 """Images are returned as (pixel - MEAN) / STANDARD_DEVIATION, pixels in [0, 1]: about the statistics of the scenes."""
 
-LENGTHS = {"train": 65_536, "validation": 1_000, "test": 2_000}
+LENGTHS = {"train": 2**20, "validation": 1_000, "test": 2_000}
 """Scenes per split; for train merely what counts as one epoch of the endless stream."""
 
 TRAINING_COPIES = 8
@@ -118,9 +117,19 @@ class Scenes(Dataset):
         copies = TRAINING_COPIES if self.split == "train" else 1
         return paint(recipe, *digit_pool(self.split, recipe.digit_size, copies, self.seed), uniform, noise)
 
-    def describe(self) -> dict[str, Any]:
-        """What a run record says about the data set."""
-        return {**describe_digits(), "split": self.split, "samples": self.length, "seed": self.seed}
+    def raw(self, index: int) -> np.ndarray:
+        """One scene before normalisation, (canvas, canvas, channels) uint8: what corruptions work on.
+
+        Raises:
+            IndexError: an index out of range.
+        """
+        pixels, _, _ = self.pixels([index])
+        return np.rint(pixels[0].transpose(1, 2, 0) * 255.0).astype(np.uint8)
+
+    def prepare(self, image: np.ndarray) -> Tensor:
+        """The item's ``images`` for an image like those of :meth:`raw`, (channels, canvas, canvas) float32."""
+        pixels = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32)
+        return torch.from_numpy(pixels).div_(255.0).sub_(MEAN).div_(STANDARD_DEVIATION)
 
     def _checked(self, index: int) -> int:
         index = operator.index(index)

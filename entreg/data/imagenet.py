@@ -1,0 +1,163 @@
+"""ImageNet in the two layouts in which people have it: folders of images, and parquet files.
+
+Also for any other data set in these layouts, with its own number of classes. Every way in which a copy tends to be
+wrong (unsorted validation images, missing classes, missing parquet files) is said in one sentence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from entreg.compat import ensure_torchvision
+from entreg.data.assets import cache_directory
+from entreg.data.image_sources import FileImages, ImageSource, TableImages, first_line
+from entreg.errors import AssetError, ConfigError
+
+IMAGENET_CLASSES = 1000
+
+_GET_IMAGENET = (
+    "get it from https://image-net.org or https://huggingface.co/datasets/ILSVRC/imagenet-1k, and set data.root to the "
+    "folder with train/ and val/, or with data/train-*.parquet and data/validation-*.parquet"
+)
+
+
+def imagenet(root: str | Path | None, part: str, *, num_classes: int, subset: bool) -> ImageSource:
+    """ImageNet-1K, or a data set in its layout, as folders of images or as parquet files.
+
+    Folders: ``train/<class>/*.JPEG`` and ``val/<class>/*.JPEG``, classes numbered in the order of their sorted names,
+    which for the 1,000 synsets is the official order. Parquet: ``data/train-*.parquet`` and
+    ``data/validation-*.parquet`` with columns ``image`` and ``label``, as on the Hugging Face hub.
+
+    Args:
+        root: folder of the data set.
+        part: ``train`` or ``val``.
+        num_classes: how many classes there must be.
+        subset: with True classes may be missing: 1,000 classes keep their official numbers by the synset's name, fewer
+            are numbered as they come.
+
+    Raises:
+        AssetError: the root is no such folder, or classes, images or parquet files are missing or too many.
+        ConfigError: no root is given, or the layout is parquet and ``datasets`` is not installed.
+    """
+    if root is None:
+        raise ConfigError(f"data.root is not set: ImageNet is not fetched by itself; {_GET_IMAGENET}")
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise AssetError(f"there is no folder {root} with ImageNet; {_GET_IMAGENET}")
+    if (root / part).is_dir():
+        return _folder_images(root, part, num_classes, subset)
+    word = {"train": "train", "val": "validation"}[part]
+    tables = sorted(root.glob(f"{word}-*.parquet")) or sorted((root / "data").glob(f"{word}-*.parquet"))
+    if not tables:
+        found = ", ".join(sorted(entry.name for entry in root.iterdir())[:5]) or "nothing"
+        raise AssetError(f"{root} holds neither {part}/ nor {word}-*.parquet (but {found}); {_GET_IMAGENET}")
+    return _table_images(tables, num_classes, subset)
+
+
+def _folder_images(root: Path, part: str, num_classes: int, subset: bool) -> ImageSource:
+    ensure_torchvision()
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    folder = root / part
+    found = _class_folders(folder)
+    classes = _class_numbers(found, folder, num_classes, subset)
+    other = root / ("val" if part == "train" else "train")
+    if other.is_dir():
+        different = sorted(set(found) ^ set(_class_folders(other)))
+        if different and not subset:
+            raise AssetError(f"{folder} and {other} hold different classes, for example {different[0]} is in one only")
+    try:
+        samples = make_dataset(str(folder), classes, IMG_EXTENSIONS)
+    except FileNotFoundError as error:
+        raise AssetError(f"{folder} holds class folders without images: {first_line(error)}") from error
+    paths = [Path(path) for path, _ in samples]
+    names = [f"{path.relative_to(folder).parts[0]}/{path.stem}" for path in paths]
+    labels = np.array([label for _, label in samples], dtype=np.int64)
+    return FileImages(
+        paths, names=names, labels=labels, num_classes=num_classes, revision=_names_revision(names, labels)
+    )
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+
+
+def _class_numbers(found: Sequence[str], folder: Path, num_classes: int, subset: bool) -> dict[str, int]:
+    """Number of each class folder; see :func:`imagenet`."""
+    if not found:
+        raise AssetError(
+            f"{folder} holds no class folders; sort its images into one folder per class (train/n01440764/*.JPEG, "
+            "val/n01440764/*.JPEG)"
+        )
+    if num_classes != IMAGENET_CLASSES:
+        if len(found) > num_classes or (len(found) < num_classes and not subset):
+            raise AssetError(f"{folder} holds {len(found)} class folders where data.num_classes is {num_classes}")
+        return {name: number for number, name in enumerate(found)}
+    official = _synsets()
+    unknown = sorted(set(found) - set(official))
+    if unknown:
+        raise AssetError(f"{folder} holds {unknown[0]}, which is none of ImageNet's 1,000 classes")
+    missing = sorted(set(official) - set(found))
+    if missing and not subset:
+        raise AssetError(
+            f"{folder} holds {len(found)} of ImageNet's 1,000 classes, {missing[0]} is missing; complete it, or set "
+            "data.subset=true when a part is meant"
+        )
+    return {name: official[name] for name in found}
+
+
+def _synsets() -> dict[str, int]:
+    from timm.data import ImageNetInfo
+
+    return {name: number for number, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+
+
+def _table_images(tables: Sequence[Path], num_classes: int, subset: bool) -> ImageSource:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            f"reading {tables[0].parent}/*.parquet needs the package datasets: pip install datasets"
+        ) from error
+    promised = tables[0].stem.split("-of-")
+    if len(promised) == 2 and promised[1][:5].isdigit() and int(promised[1][:5]) != len(tables):
+        raise AssetError(
+            f"{tables[0].parent} holds {len(tables)} of {int(promised[1][:5])} files like {tables[0].name}"
+        )
+    where = f"{tables[0].parent}/{tables[0].name.split('-')[0]}-*.parquet"
+    try:
+        # For random access the rows are copied once into a memory-mapped file in the cache.
+        table = datasets.load_dataset(
+            "parquet",
+            data_files={"all": [str(path) for path in tables]},
+            split="all",
+            cache_dir=str(cache_directory() / "parquet"),
+        )
+        table = table.cast_column("image", datasets.Image(decode=False))
+        labels = np.array(table["label"][:], dtype=np.int64)
+    except (KeyError, ValueError, TypeError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise AssetError(f"{where} cannot be read as a table of images and labels ({first_line(error)})") from error
+    present = np.unique(labels)
+    if len(labels) == 0 or present[0] < 0 or present[-1] >= num_classes:
+        raise AssetError(f"{where} holds labels outside [0, {num_classes}), the range of data.num_classes")
+    if len(present) < num_classes and not subset:
+        missing = np.setdiff1d(np.arange(num_classes), present)
+        raise AssetError(
+            f"{where} holds {len(present)} of {num_classes} classes, {missing[0]} is missing; complete it, or set "
+            "data.subset=true when a part is meant"
+        )
+    # Only the paths are read here: the column of images is larger than memory.
+    paths = [path for chunk in table.data.column("image").chunks for path in chunk.field("path").to_pylist()]
+    names = [str(row) if path is None else Path(path).stem for row, path in enumerate(paths)]
+    revision = _names_revision(names, labels)
+    return TableImages(table["image"], where, names=names, labels=labels, num_classes=num_classes, revision=revision)
+
+
+def _names_revision(names: Sequence[str], labels: np.ndarray) -> str:
+    """SHA-256 of names and labels: tells one selection of images from another, not one encoding from another."""
+    lines = "".join(f"{name} {label}\n" for name, label in zip(names, labels, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()
