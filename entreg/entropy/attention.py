@@ -254,7 +254,7 @@ def _select_rows(
     generator: torch.Generator | None,
     minimum_keys: int = 1,
 ) -> _Rows:
-    _require_shapes(q, k, causal, key_mask, query_mask)
+    check_attention_inputs(q, k, causal, key_mask, query_mask)
     n, m = q.shape[2], k.shape[2]
     if num_sampled_queries is not None and query_indices is not None:
         raise InputError("give num_sampled_queries or query_indices, not both")
@@ -380,7 +380,10 @@ def _sum_over_rows(
         return total
 
 
-def _require_shapes(q: Tensor, k: Tensor, causal: bool, key_mask: Tensor | None, query_mask: Tensor | None) -> None:
+def check_attention_inputs(
+    q: Tensor, k: Tensor, causal: bool, key_mask: Tensor | None = None, query_mask: Tensor | None = None
+) -> None:
+    """Raise an InputError unless shapes and dtypes are those that :func:`attention_row_entropy` describes."""
     for name, tensor in (("q", q), ("k", k)):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dim() != 4:
             raise InputError(f"{name} must be a floating-point tensor of shape (batch, heads, length, d)")

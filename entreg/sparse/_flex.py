@@ -1,0 +1,74 @@
+"""Sparse attention by PyTorch's FlexAttention."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from entreg.errors import InputError
+from entreg.sparse._blocks import permuted
+from entreg.sparse.plan import SparsityPlan
+
+
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, scale: float, key_bias: Tensor | None) -> Tensor:
+    """(batch, heads, n, d_v); with a permutation, attention runs in the order in which blocks are contiguous."""
+    needs_gradient = any(x.requires_grad for x in (q, k, v)) or (key_bias is not None and key_bias.requires_grad)
+    if q.device.type == "cpu" and torch.is_grad_enabled() and needs_gradient:
+        raise InputError("FlexAttention has no gradient on the CPU; use the backend 'gather' there")
+    if q.device.type == "cpu" and q.dtype == torch.float64:
+        raise InputError("FlexAttention on the CPU takes float32, bfloat16 or float16; use the backend 'reference'")
+    order = plan.permutation if plan.kind == "blocks" else None
+    if order is not None and key_bias is not None:
+        key_bias = key_bias.gather(1, order)
+    q, k, v = (permuted(x, order) for x in (q, k, v))
+    block_mask = create_block_mask(
+        _mask_function(plan),
+        B=plan.batch,
+        H=plan.num_heads if plan.plan_heads > 1 else 1,
+        Q_LEN=plan.num_queries,
+        KV_LEN=plan.num_keys,
+        device=str(q.device),
+    )
+
+    def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + key_bias[b, j]
+
+    out = _compiled()(
+        q,
+        k,
+        v,
+        score_mod=None if key_bias is None else add_bias,
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out if order is None else permuted(out, order.argsort(-1))
+
+
+def _mask_function(plan: SparsityPlan) -> Any:
+    share = plan.num_heads // plan.plan_heads
+    later = plan.num_keys - plan.num_queries
+    if plan.kind == "columns":
+        kept = plan.kept_keys()
+
+        def chosen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return kept[b, h // share, j]
+    else:
+        mask, size, offset = plan.block_mask, plan.block_size, plan.query_offset
+
+        def chosen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return mask[b, h // share, (i + offset) // size, j // size]
+
+    if not plan.causal:
+        return chosen
+    return lambda b, h, i, j: chosen(b, h, i, j) & (j <= i + later)
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    # Uncompiled, FlexAttention holds all n x m entries.
+    return torch.compile(flex_attention, dynamic=False)

@@ -1,0 +1,133 @@
+"""Attention over the entries of a plan, by a named backend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from entreg.entropy.attention import check_attention_inputs
+from entreg.errors import InputError
+from entreg.sparse._flash import attend_flash
+from entreg.sparse._flex import attend_flex
+from entreg.sparse._gather import gather
+from entreg.sparse._reference import attend_reference
+from entreg.sparse.config import BACKENDS
+from entreg.sparse.plan import SparsityPlan
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: SparsityPlan,
+    *,
+    causal: bool | None = None,
+    backend: str = "gather",
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention in which every query sees only the keys that the plan gives it.
+
+    A query whose keys are all left out, which plans of :func:`entreg.sparse.planning.make_plan` never have, gets zeros.
+
+    Backends, of which none ever stands in for another:
+
+    * ``"gather"``: keys and values are gathered and handed to PyTorch's scaled_dot_product_attention (SDPA). A plan
+      that leaves nothing out is handed to it as it is: bit for bit dense attention. Gradients everywhere.
+    * ``"reference"``: masked softmax over all n x m entries, in float32 or float64. The truth of the tests.
+    * ``"flex"``: PyTorch's FlexAttention, compiled at the first call of each shape. It saves the tiles of 128 x 128
+      entries that the plan leaves out as a whole, so it suits large blocks; on the CPU forward only.
+    * ``"flash"``: gathered as above, by the flash-attn package (CUDA, float16 or bfloat16); neither masks nor biases,
+      so no causal or ragged plans, and blocks only where their size divides n.
+
+    Args:
+        q: (batch, heads, n, d), floating point.
+        k: (batch, key_heads, m, d), of q's dtype; heads is a multiple of key_heads.
+        v: (batch, key_heads, m, d_v), of q's dtype.
+        plan: made for these sizes.
+        causal: None, or whether the mask is causal, which must be as in the plan.
+        backend: one of the above.
+        scale: factor of the logits; default 1/sqrt(d).
+        key_bias: (batch, m) added to the logits of each key, e.g. the log of the number of tokens that it stands for.
+
+    Returns:
+        (batch, heads, n, d_v) of q's dtype.
+
+    Raises:
+        InputError: arguments that do not fit the above or each other, an unknown backend, or one that is not installed
+            or cannot do what the plan needs.
+    """
+    check_attention_inputs(q, k, plan.causal)
+    _check(q, k, v, plan, causal, key_bias)
+    factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if backend not in _BACKENDS:
+        raise InputError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    return _BACKENDS[backend](q, k, v, plan, factor, key_bias)
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+) -> Tensor:
+    """SDPA with this project's conventions: causal masks aligned at the last query, and a bias per key.
+
+    Arguments as in :func:`sparse_attention`.
+    """
+    n, m = q.shape[2], k.shape[2]
+    mask, is_causal = None, causal and n == m
+    # PyTorch aligns its own causal mask at the first query, which is the same only for n = m.
+    if causal and (key_bias is not None or 1 < n < m):
+        mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+        is_causal = False
+    if key_bias is not None:
+        bias = key_bias.to(q.dtype)[:, None, None]
+        mask = bias.expand(-1, 1, n, -1) if mask is None else torch.where(mask, bias, -torch.inf)
+    return scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _attend_gather(
+    q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, scale: float, key_bias: Tensor | None
+) -> Tensor:
+    if plan.dense:
+        return dense_attention(q, k, v, causal=plan.causal, scale=scale, key_bias=key_bias)
+    gathered = gather(q, k, v, plan, key_bias)
+    out = scaled_dot_product_attention(gathered.q, gathered.k, gathered.v, attn_mask=gathered.mask, scale=scale)
+    return gathered.scatter(out)
+
+
+_BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, SparsityPlan, float, Tensor | None], Tensor]] = {
+    "reference": attend_reference,
+    "gather": _attend_gather,
+    "flex": attend_flex,
+    "flash": attend_flash,
+}
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, causal: bool | None, key_bias: Tensor | None) -> None:
+    if not isinstance(v, Tensor) or v.dim() != 4 or v.shape[:3] != k.shape[:3] or v.shape[3] == 0:
+        raise InputError(f"v must have shape {tuple(k.shape[:3])} + (d_v,), got {tuple(getattr(v, 'shape', ()))}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise InputError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if causal is not None and bool(causal) != plan.causal:
+        raise InputError(f"causal={causal} contradicts the plan, which was made with causal={plan.causal}")
+    sizes = (plan.batch, plan.num_heads, plan.num_queries, plan.num_keys)
+    if sizes != (q.shape[0], q.shape[1], q.shape[2], k.shape[2]):
+        raise InputError(
+            f"the plan was made for batch, heads, queries and keys {sizes}, got "
+            f"{(q.shape[0], q.shape[1], q.shape[2], k.shape[2])}"
+        )
+    if plan.plan_heads not in (1, k.shape[1]):
+        raise InputError(f"a plan with {plan.plan_heads} sets of choices does not fit {k.shape[1]} key heads")
+    if key_bias is not None and (not key_bias.is_floating_point() or key_bias.shape != (k.shape[0], k.shape[2])):
+        raise InputError(f"key_bias must be floating point of shape {(k.shape[0], k.shape[2])}")
