@@ -125,9 +125,7 @@ def _table_images(tables: Sequence[Path], num_classes: int, subset: bool) -> Ima
         ) from error
     promised = tables[0].stem.split("-of-")
     if len(promised) == 2 and promised[1][:5].isdigit() and int(promised[1][:5]) != len(tables):
-        raise AssetError(
-            f"{tables[0].parent} holds {len(tables)} of {int(promised[1][:5])} files like {tables[0].name}"
-        )
+        raise AssetError(f"{tables[0].parent} holds {len(tables)} files like {tables[0].name}; some are missing")
     where = f"{tables[0].parent}/{tables[0].name.split('-')[0]}-*.parquet"
     try:
         # For random access the rows are copied once into a memory-mapped file in the cache.

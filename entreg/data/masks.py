@@ -28,7 +28,8 @@ class MaskFolder:
     """Masks by the name of their image.
 
     Args:
-        root: folder of ``<class>/<image>.png`` or ``<image>.png``, or ImageNet-S's own, with ``validation-segmentation``.
+        root: folder of ``<class>/<image>.png`` or ``<image>.png``, or the one of ImageNet-S with its
+            ``validation-segmentation``.
         transform: from an RGB image to integers (3, height, width) without mixing values; see
             :func:`entreg.data.vision_sets.mask_transform`.
         size: (height, width) of its result.
@@ -41,8 +42,8 @@ class MaskFolder:
         root = Path(root).expanduser()
         if not root.is_dir():
             raise AssetError(
-                f"there is no folder {root} with masks; get ImageNet-S from https://github.com/LUSSeg/ImageNet-S, or set "
-                "data.masks=null"
+                f"there is no folder {root} with masks; get ImageNet-S from https://github.com/LUSSeg/ImageNet-S, or "
+                "set data.masks=null"
             )
         if (root / "validation-segmentation").is_dir():
             root = root / "validation-segmentation"
@@ -83,12 +84,12 @@ def object_pixels(mask: Tensor | np.ndarray) -> Tensor:
     """The object of an ImageNet-S mask: class neither 0 nor :data:`IGNORED`.
 
     Args:
-        mask: (3, height, width) integers, red, green and blue; grey masks have three equal channels.
+        mask: (3, height, width) integers, red, green and blue. In a grey mask all are equal, and 257 times its value is
+            neither 0 nor 1000 where it is not 0.
 
     Returns:
         (height, width) bool.
     """
-    red, green, blue = torch.as_tensor(mask).long()
-    # In a grey mask blue repeats the value; in ImageNet-S's it is 0. Both are objects where any channel is not 0.
+    red, green, _ = torch.as_tensor(mask).long()
     classes = red + 256 * green
-    return ((classes != 0) | (blue != 0)) & ((classes != IGNORED) | (blue != 0))
+    return (classes != 0) & (classes != IGNORED)

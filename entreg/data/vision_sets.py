@@ -161,9 +161,7 @@ def preprocessing(values: Mapping[str, Any]) -> dict[str, Any]:
     model = values.get("model")
     pretrained = None if model is None else timm.get_pretrained_cfg(model)
     if model is not None and pretrained is None:
-        raise ConfigError(
-            f"timm has no configuration for model '{model}'; set data.preprocessing.model to one it knows"
-        )
+        raise ConfigError(f"timm knows no model '{model}'; set data.preprocessing.model to one it knows, or to null")
     given = {key: value for key, value in values.items() if key != "model" and value is not None}
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     return resolve_data_config(
