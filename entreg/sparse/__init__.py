@@ -6,18 +6,57 @@ is enough. :func:`make_plan` chooses them, :func:`sparse_attention` computes not
 """
 
 from entreg.sparse.attention import dense_attention, sparse_attention
+from entreg.sparse.budgets import (
+    bucket_by_budget,
+    entropy_budget,
+    keep_for_sparsity,
+    merged_token_counts,
+    token_sparsity,
+)
+from entreg.sparse.config import (
+    SPARSITIES,
+    BlockSparsity,
+    ColumnSparsity,
+    Combined,
+    EntropyBudget,
+    Sparsity,
+    TokenMerging,
+    TokenSparsity,
+    sparsity_from_mapping,
+)
 from entreg.sparse.kernels import attention_kernel, recorded_kernels
 from entreg.sparse.plan import SparsityPlan
 from entreg.sparse.planning import make_plan
 from entreg.sparse.scores import score_entries, selection_scores
+from entreg.sparse.tokens import TokenReduction, bipartite_merge, compose_reductions, drop_tokens, merge_tokens, unmerge
 
 __all__ = [
+    "SPARSITIES",
+    "BlockSparsity",
+    "ColumnSparsity",
+    "Combined",
+    "EntropyBudget",
+    "Sparsity",
     "SparsityPlan",
+    "TokenMerging",
+    "TokenReduction",
+    "TokenSparsity",
     "attention_kernel",
+    "bipartite_merge",
+    "bucket_by_budget",
+    "compose_reductions",
     "dense_attention",
+    "drop_tokens",
+    "entropy_budget",
+    "keep_for_sparsity",
     "make_plan",
+    "merge_tokens",
+    "merged_token_counts",
     "recorded_kernels",
     "score_entries",
     "selection_scores",
     "sparse_attention",
+    "sparsity_from_mapping",
+    "token_sparsity",
+    "unmerge",
 ]

@@ -65,13 +65,13 @@ def nearest_anchors(features: Tensor, others: Tensor, slots: Slots, num_prefix: 
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
         points = features.detach().to(wide_dtype(features))
         # Nearness does not change with the origin; from the mean nothing large cancels below.
-        points = points - points[:, num_prefix:].mean(1, keepdim=True)
-        anchors = rows_at(points, slots.positions[:, num_prefix:])
+        mean = points[:, num_prefix:].mean(1, keepdim=True)
+        anchors = rows_at(points, slots.positions[:, num_prefix:]).sub_(mean)
         # |x - c|^2 is smallest where 2 x.c - |c|^2 is largest.
         offset = anchors.square().sum(-1)
         if slots.valid is not None:
             offset = offset.masked_fill(~slots.valid[:, num_prefix:], math.inf)
-        closeness = torch.baddbmm(offset.unsqueeze(1), rows_at(points, others), anchors.mT, beta=-1, alpha=2)
+        closeness = torch.baddbmm(offset.unsqueeze(1), rows_at(points, others).sub_(mean), anchors.mT, beta=-1, alpha=2)
         return closeness.max(-1).indices
 
 
@@ -82,7 +82,8 @@ def merge_rows(x: Tensor, sizes: Tensor | None, slots: Slots, others: Tensor, ta
         (batch, m, c) means in the dtype of x, (batch, m) sizes.
     """
     wide = x.to(wide_dtype(x))
-    sizes = None if sizes is None else sizes.to(wide.dtype)
+    sizes = None if sizes is None else sizes.detach().to(wide.dtype)
+    # Row copies are fresh, and changed in place: on a CPU, new memory costs more than the arithmetic.
     joining = rows_at(wide, others)
     own_sizes = slots.masked(slots.ones(x) if sizes is None else sizes.gather(1, slots.positions))
     other_sizes = own_sizes.new_ones(others.shape) if sizes is None else sizes.gather(1, others)
@@ -97,7 +98,7 @@ def merge_rows(x: Tensor, sizes: Tensor | None, slots: Slots, others: Tensor, ta
         # Weights before the sum: a part of one token has weight exactly 1 and keeps its value bit for bit.
         safe = total if slots.valid is None else total.masked_fill(~slots.valid, 1.0)
         weights = (other_sizes / safe.gather(1, targets)).unsqueeze(-1)
-        means = add_rows(summed * (own_sizes / safe).unsqueeze(-1), targets, joining * weights)
+        means = add_rows(summed.mul_((own_sizes / safe).unsqueeze(-1)), targets, joining.mul_(weights))
     return means.to(x.dtype), total
 
 

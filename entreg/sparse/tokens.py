@@ -77,7 +77,8 @@ def drop_tokens(
         keep: patch tokens to keep, in [0, n - num_prefix]; one number, or (batch,) int64, one per image. In the second
             case m is num_prefix plus the largest of them and shorter images are padded with zeros.
         num_prefix: in [0, n].
-        sizes: (batch, n), positive, of tokens that stand for several already; all 1 by default.
+        sizes: (batch, n), positive, of tokens that stand for several already; all 1 by default. No gradient passes
+            through them.
         straight_through: let the gradient reach the scores as above.
 
     Returns:
@@ -86,7 +87,7 @@ def drop_tokens(
     Raises:
         InputError: shapes, dtypes or values that do not fit the above, or an image that would be left without tokens.
     """
-    keep = _checked(x, scores, keep, num_prefix, sizes)
+    keep = check_reduction(x, scores, keep, num_prefix, sizes)
     slots = choose_slots(scores, keep, num_prefix)
     kept_sizes = None if sizes is None else sizes.gather(1, slots.positions)
     reduction = TokenReduction(
@@ -131,7 +132,7 @@ def merge_tokens(
     Raises:
         InputError: shapes, dtypes or values that do not fit the above.
     """
-    keep = _checked(x, scores, keep, num_prefix, sizes)
+    keep = check_reduction(x, scores, keep, num_prefix, sizes)
     if num_prefix == x.shape[1]:
         return drop_tokens(x, scores, keep, num_prefix=num_prefix, sizes=sizes)
     smallest = keep if isinstance(keep, int) else int(keep.min())
@@ -273,7 +274,10 @@ def _straight_through(reduced: Tensor, scores: Tensor, slots: Slots, num_prefix:
     return reduced * factor.to(reduced.dtype).unsqueeze(-1)
 
 
-def _checked(x: Tensor, scores: Tensor, keep: int | Tensor, num_prefix: int, sizes: Tensor | None) -> int | Tensor:
+def check_reduction(
+    x: Tensor, scores: Tensor, keep: int | Tensor, num_prefix: int, sizes: Tensor | None = None
+) -> int | Tensor:
+    """``keep``, if it and the tensors of a reduction fit :func:`drop_tokens`; an InputError otherwise."""
     _require_x(x, num_prefix, sizes)
     batch, n, _ = x.shape
     if not scores.is_floating_point() or scores.shape != (batch, n):

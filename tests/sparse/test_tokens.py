@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from entreg.errors import InputError
+from entreg.sparse.budgets import bucket_by_budget, entropy_budget
+from entreg.sparse.config import EntropyBudget
 from entreg.sparse.tokens import bipartite_merge, compose_reductions, drop_tokens, merge_tokens, unmerge
 
 
@@ -245,6 +247,23 @@ def test_images_do_not_influence_each_other():
         if "ragged" not in name:
             assert torch.equal(alone[0].flip(0), y), name
             assert torch.equal(alone[1].kept.flip(0), reduction.kept), name
+
+
+def test_buckets_by_entropy_give_every_image_what_the_padded_batch_gives():
+    x, scores, _ = _case(22, batch=8)
+    scores = scores ** torch.arange(1, 9, dtype=torch.float64)[:, None]
+    budgets = entropy_budget(scores, EntropyBudget(), num_prefix=1)
+    assert len(budgets.unique()) > 3
+    padded, whole = merge_tokens(x, scores, budgets, num_prefix=1)
+    tokens = 0
+    for bucket in bucket_by_budget(budgets, 3):
+        y, reduction = merge_tokens(x[bucket], scores[bucket], budgets[bucket], num_prefix=1)
+        tokens += y.shape[0] * y.shape[1]
+        torch.testing.assert_close(y, padded[bucket, : y.shape[1]])
+        assert not padded[bucket, y.shape[1] :].any()
+        assert torch.equal(reduction.kept, whole.kept[bucket, : y.shape[1]])
+        assert torch.equal(reduction.assignment, whole.assignment[bucket])
+    assert tokens < padded.shape[0] * padded.shape[1]
 
 
 def test_unmerging_gives_dropped_tokens_zeros_or_what_is_asked_for():
