@@ -1,0 +1,140 @@
+"""The published files of CIFAR-10-C and CIFAR-100-C, memory-mapped, and corrupted sets by configuration."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from entreg.data.corrupted_sets import CorruptedSet, GeneratedCorruptions, clean_images, require_labels
+from entreg.data.corruptions import ALL_CORRUPTIONS, CORRUPTIONS, SEVERITIES
+from entreg.errors import AssetError, ConfigError
+
+DOWNLOAD = "CIFAR-100-C is at https://zenodo.org/records/3555552, CIFAR-10-C at https://zenodo.org/records/2535967"
+"""Where the files are, as messages say it."""
+
+_NUM_CLASSES = {"cifar100_c": 100, "cifar10_c": 10}
+_KEYS = {
+    **dict.fromkeys(_NUM_CLASSES, ("root", "images_per_severity")),
+    "generated": ("limit", "seed", "constants", "num_threads"),
+}
+
+
+class OfficialCorruptions(CorruptedSet):
+    """The published files of CIFAR-10-C or CIFAR-100-C, memory-mapped.
+
+    The folder holds ``labels.npy`` and one ``<corruption>.npy`` (5 n, h, w, 3) uint8 for each of the 15 corruptions, of
+    which rows (s - 1) n to s n are severity s; the four extra corruptions may be missing. All files are looked at when
+    the set is opened, their pixels only when they are used.
+
+    Args:
+        folder: with the files.
+        num_classes: labels must be below it.
+        images_per_severity: n, 10,000 in the published files; None: a fifth of the labels.
+        shape: of an image.
+
+    Raises:
+        AssetError: the folder or a file is missing, truncated, or has other rows, shapes, types or labels.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        num_classes: int = 100,
+        images_per_severity: int | None = None,
+        shape: tuple[int, int, int] = (32, 32, 3),
+    ) -> None:
+        self.folder = Path(folder).expanduser()
+        if not self.folder.is_dir():
+            raise AssetError(f"there is no folder {self.folder} with the corrupted images; {DOWNLOAD}")
+        present = {name for name in ALL_CORRUPTIONS if (self.folder / f"{name}.npy").is_file()}
+        missing = [f"{name}.npy" for name in CORRUPTIONS if name not in present]
+        if not (self.folder / "labels.npy").is_file():
+            missing.insert(0, "labels.npy")
+        if missing:
+            raise AssetError(f"{self.folder} lacks {', '.join(missing)}; {DOWNLOAD}")
+        self.corruptions = tuple(name for name in ALL_CORRUPTIONS if name in present)
+        self.labels = self._read_labels(num_classes, images_per_severity)
+        rows = len(SEVERITIES) * len(self.labels)
+        self._files = {name: _open_images(self.folder / f"{name}.npy", (rows, *shape)) for name in self.corruptions}
+
+    def images(self, corruption: str, severity: int) -> np.ndarray:
+        self._require(corruption, severity)
+        return self._files[corruption][(severity - 1) * len(self) : severity * len(self)]
+
+    def describe(self) -> dict[str, Any]:
+        """Also a revision: a fingerprint of the labels and of the first and last image of every file."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.labels))
+        for name, rows in self._files.items():
+            digest.update(name.encode() + rows[0].tobytes() + rows[-1].tobytes())
+        return {
+            "source": "official files",
+            "revision": digest.hexdigest(),
+            "images": len(self),
+            "corruptions": list(self.corruptions),
+        }
+
+    def _read_labels(self, num_classes: int, images_per_severity: int | None) -> np.ndarray:
+        path = self.folder / "labels.npy"
+        labels = _open(path)
+        severities = len(SEVERITIES)
+        count = len(labels) // severities if images_per_severity is None and labels.ndim else images_per_severity
+        if labels.ndim != 1 or labels.dtype.kind not in "iu" or not count or len(labels) != severities * count:
+            wanted = "a multiple of 5" if images_per_severity is None else f"5 x {images_per_severity}"
+            raise AssetError(
+                f"{path} must hold {wanted} integers, one per image and severity, got {labels.dtype} {labels.shape}"
+            )
+        blocks = np.asarray(labels, dtype=np.int64).reshape(severities, count)
+        if blocks.min() < 0 or blocks.max() >= num_classes:
+            raise AssetError(f"{path} holds labels from {blocks.min()} to {blocks.max()}, not below {num_classes}")
+        if (blocks != blocks[0]).any():
+            raise AssetError(f"{path} must repeat the same {count} labels for each of the 5 severities")
+        return require_labels(blocks[0], count)
+
+
+def corrupted_set(config: Mapping[str, Any], clean: Any = None) -> CorruptedSet:
+    """The corrupted set that a configuration asks for.
+
+    Args:
+        config: content of ``configs/data/cifar100_c.yaml`` (``name`` cifar100_c or cifar10_c, ``root``, the folder of
+            the published files, ``images_per_severity``) or of ``configs/data/corrupted_digits.yaml`` (``name``
+            generated, ``limit``, the number of clean images, None for all, and ``seed``, ``constants`` and
+            ``num_threads`` of :class:`~entreg.data.corrupted_sets.GeneratedCorruptions`).
+        clean: the data set to corrupt, see :func:`~entreg.data.corrupted_sets.clean_images`; of ``generated`` only.
+
+    Raises:
+        ConfigError: an unknown name or key, or no root.
+        InputError: a value out of range, or a clean data set that cannot be corrupted.
+        AssetError: see :class:`OfficialCorruptions`.
+    """
+    values = dict(config)
+    name = values.pop("name", None)
+    if name not in _KEYS:
+        raise ConfigError(f"unknown corrupted set '{name}', known are {', '.join(_KEYS)}")
+    unknown = sorted(set(values) - set(_KEYS[name]))
+    if unknown:
+        raise ConfigError(f"unknown key '{unknown[0]}' of {name}, known are {', '.join(_KEYS[name])}")
+    if name == "generated":
+        return GeneratedCorruptions(*clean_images(clean, values.pop("limit", None)), **values)
+    root = values.pop("root", None)
+    if not root:
+        raise ConfigError(f"{name} needs its root, the folder with labels.npy and the corruptions' files; {DOWNLOAD}")
+    return OfficialCorruptions(root, num_classes=_NUM_CLASSES[name], **values)
+
+
+def _open(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise AssetError(f"{path} is truncated or no array file; fetch it again ({DOWNLOAD})") from error
+
+
+def _open_images(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    images = _open(path)
+    if images.dtype != np.uint8 or images.shape != shape:
+        raise AssetError(f"{path} must hold uint8 of shape {shape}, got {images.dtype} {images.shape}")
+    return images
