@@ -54,13 +54,13 @@ class ImageSource:
 class FileImages(ImageSource):
     """Images in files of their own; arguments as in :class:`ImageSource`, and the files' paths."""
 
-    def __init__(self, paths: Sequence[Path], **source: Any) -> None:
+    def __init__(self, paths: Sequence[str], **source: Any) -> None:
         super().__init__(**source)
         self._paths = paths
 
     def image(self, index: int) -> Image.Image:
         path = self._paths[index]
-        return decode(lambda: Image.open(path), str(path))
+        return decode(lambda: Image.open(path), path)
 
 
 class TableImages(ImageSource):

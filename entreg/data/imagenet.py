@@ -7,6 +7,7 @@ wrong (unsorted validation images, missing classes, missing parquet files) is sa
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,16 +67,19 @@ def _folder_images(root: Path, part: str, num_classes: int, subset: bool) -> Ima
     found = _class_folders(folder)
     classes = _class_numbers(found, folder, num_classes, subset)
     other = root / ("val" if part == "train" else "train")
-    if other.is_dir():
+    if other.is_dir() and not (subset and num_classes == IMAGENET_CLASSES):
+        # Classes are numbered as they come, so both parts must have the same.
         different = sorted(set(found) ^ set(_class_folders(other)))
-        if different and not subset:
+        if different:
             raise AssetError(f"{folder} and {other} hold different classes, for example {different[0]} is in one only")
     try:
         samples = make_dataset(str(folder), classes, IMG_EXTENSIONS)
     except FileNotFoundError as error:
         raise AssetError(f"{folder} holds class folders without images: {first_line(error)}") from error
-    paths = [Path(path) for path, _ in samples]
-    names = [f"{path.relative_to(folder).parts[0]}/{path.stem}" for path in paths]
+    # Plain text: there are over a million of them.
+    paths = [path for path, _ in samples]
+    class_of = {number: name for name, number in classes.items()}
+    names = [f"{class_of[label]}/{os.path.splitext(os.path.basename(path))[0]}" for path, label in samples]
     labels = np.array([label for _, label in samples], dtype=np.int64)
     return FileImages(
         paths, names=names, labels=labels, num_classes=num_classes, revision=_names_revision(names, labels)
@@ -131,10 +135,12 @@ def _table_images(tables: Sequence[Path], num_classes: int, subset: bool) -> Ima
         # For random access the rows are copied once into a memory-mapped file in the cache.
         table = datasets.load_dataset(
             "parquet",
-            data_files={"all": [str(path) for path in tables]},
-            split="all",
+            data_files={"rows": [str(path) for path in tables]},
+            split="rows",
             cache_dir=str(cache_directory() / "parquet"),
         )
+        if not {"image", "label"} <= set(table.column_names):
+            raise AssetError(f"{where} has the columns {', '.join(table.column_names)} where image, label are needed")
         table = table.cast_column("image", datasets.Image(decode=False))
         labels = np.array(table["label"][:], dtype=np.int64)
     except (KeyError, ValueError, TypeError, OSError, datasets.exceptions.DatasetsError) as error:
