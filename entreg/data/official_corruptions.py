@@ -1,26 +1,19 @@
-"""The published files of CIFAR-10-C and CIFAR-100-C, memory-mapped, and corrupted sets by configuration."""
+"""The published files of CIFAR-10-C and CIFAR-100-C, memory-mapped."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from entreg.data.corrupted_sets import CorruptedSet, GeneratedCorruptions, clean_images, require_labels
+from entreg.data.corrupted_images import CorruptedSet, require_labels
 from entreg.data.corruptions import ALL_CORRUPTIONS, CORRUPTIONS, SEVERITIES
-from entreg.errors import AssetError, ConfigError
+from entreg.errors import AssetError
 
 DOWNLOAD = "CIFAR-100-C is at https://zenodo.org/records/3555552, CIFAR-10-C at https://zenodo.org/records/2535967"
 """Where the files are, as messages say it."""
-
-_NUM_CLASSES = {"cifar100_c": 100, "cifar10_c": 10}
-_KEYS = {
-    **dict.fromkeys(_NUM_CLASSES, ("root", "images_per_severity")),
-    "generated": ("limit", "seed", "constants", "num_threads"),
-}
 
 
 class OfficialCorruptions(CorruptedSet):
@@ -94,36 +87,6 @@ class OfficialCorruptions(CorruptedSet):
         if (blocks != blocks[0]).any():
             raise AssetError(f"{path} must repeat the same {count} labels for each of the 5 severities")
         return require_labels(blocks[0], count)
-
-
-def corrupted_set(config: Mapping[str, Any], clean: Any = None) -> CorruptedSet:
-    """The corrupted set that a configuration asks for.
-
-    Args:
-        config: content of ``configs/data/cifar100_c.yaml`` (``name`` cifar100_c or cifar10_c, ``root``, the folder of
-            the published files, ``images_per_severity``) or of ``configs/data/corrupted_digits.yaml`` (``name``
-            generated, ``limit``, the number of clean images, None for all, and ``seed``, ``constants`` and
-            ``num_threads`` of :class:`~entreg.data.corrupted_sets.GeneratedCorruptions`).
-        clean: the data set to corrupt, see :func:`~entreg.data.corrupted_sets.clean_images`; of ``generated`` only.
-
-    Raises:
-        ConfigError: an unknown name or key, or no root.
-        InputError: a value out of range, or a clean data set that cannot be corrupted.
-        AssetError: see :class:`OfficialCorruptions`.
-    """
-    values = dict(config)
-    name = values.pop("name", None)
-    if name not in _KEYS:
-        raise ConfigError(f"unknown corrupted set '{name}', known are {', '.join(_KEYS)}")
-    unknown = sorted(set(values) - set(_KEYS[name]))
-    if unknown:
-        raise ConfigError(f"unknown key '{unknown[0]}' of {name}, known are {', '.join(_KEYS[name])}")
-    if name == "generated":
-        return GeneratedCorruptions(*clean_images(clean, values.pop("limit", None)), **values)
-    root = values.pop("root", None)
-    if not root:
-        raise ConfigError(f"{name} needs its root, the folder with labels.npy and the corruptions' files; {DOWNLOAD}")
-    return OfficialCorruptions(root, num_classes=_NUM_CLASSES[name], **values)
 
 
 def _open(path: Path) -> np.ndarray:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from entreg.data.corrupted_sets import CorruptedSet, Preparation
+from entreg.data.corrupted_images import CorruptedSet, Preparation
 from entreg.data.corruptions import (
     CATEGORIES,
     CORRUPTIONS,
@@ -220,7 +220,7 @@ def predictor(
     Args:
         model: images to logits (b, classes), or (b, tokens, classes) of a model that answers with its first tokens; it
             runs where its parameters are.
-        prepare: see :func:`entreg.data.corrupted_sets.preparation_of`.
+        prepare: see :func:`entreg.data.corrupted_images.preparation_of`.
         num_answers: of a model that answers with its first tokens, as many labels as an image has; None: one answer.
         precision: ``float32``, or ``bfloat16`` through autocast.
     """
