@@ -28,6 +28,7 @@ from entreg.sparse.kernels import attention_kernel, recorded_kernels
 from entreg.sparse.plan import SparsityPlan
 from entreg.sparse.planning import make_plan
 from entreg.sparse.scores import score_entries, selection_scores
+from entreg.sparse.soft_partition import fuse_tokens, partition_tokens
 from entreg.sparse.tokens import TokenReduction, bipartite_merge, compose_reductions, drop_tokens, merge_tokens, unmerge
 
 __all__ = [
@@ -48,10 +49,12 @@ __all__ = [
     "dense_attention",
     "drop_tokens",
     "entropy_budget",
+    "fuse_tokens",
     "keep_for_sparsity",
     "make_plan",
     "merge_tokens",
     "merged_token_counts",
+    "partition_tokens",
     "recorded_kernels",
     "score_entries",
     "selection_scores",

@@ -27,7 +27,8 @@ the mean ``mixed`` score of its part, so that parts stay whole.
 """
 
 BACKENDS = ("reference", "gather", "flex", "flash")
-REDUCTIONS = ("drop", "merge")
+REDUCTIONS = ("drop", "merge", "partition", "fuse")
+ANCHORS = ("top", "residual")
 SCORE_SOURCES = ("own", "previous")
 
 
@@ -135,13 +136,16 @@ class TokenSparsity:
         keep: patch tokens that are kept (prefix tokens come on top), at least 0; or
         entropy_budget: how many each image keeps by itself. Exactly one of the three is given.
         before_layer: index from 0 of the first layer that runs on the reduced tokens; 0 reduces right after the stem.
-        reduction: ``drop``, or ``merge`` (each patch token joins its nearest kept one, weighted mean).
+        reduction: ``drop``; ``merge`` (each patch token joins its nearest kept one, mean weighted by sizes);
+            ``partition`` (means of a soft partition weighted by the scores); ``fuse`` (the rest becomes one token).
         score: one of :data:`SCORES`.
         score_source: attention from which the score comes: ``own``, that of the layer ``before_layer`` on all tokens,
             or ``previous``, that of the layer before it, which exists if ``before_layer`` is at least 1.
         num_sampled_queries: query rows from which the score is computed, at least 1; None for all.
-        proportional_attention: merged tokens attract attention in proportion to their size; of no effect with
-            ``drop``.
+        sharpness: of ``partition``, above 0, see :func:`entreg.sparse.partition_tokens`.
+        anchors: of ``partition``, one of :data:`ANCHORS`.
+        proportional_attention: merged tokens attract attention in proportion to their size or mass; of no effect with
+            ``drop`` and ``fuse``.
         straight_through: gradient of the kept tokens reaches the scores (training with the path active).
 
     Raises:
@@ -156,6 +160,8 @@ class TokenSparsity:
     score_source: str = "own"
     num_sampled_queries: int | None = 16
     entropy_budget: EntropyBudget | None = None
+    sharpness: float = 10.0
+    anchors: str = "residual"
     proportional_attention: bool = True
     straight_through: bool = False
 
@@ -172,6 +178,11 @@ class TokenSparsity:
         _require_count(self, "num_sampled_queries", 1)
         if self.entropy_budget is not None and not isinstance(self.entropy_budget, EntropyBudget):
             raise ConfigError(f"TokenSparsity's entropy_budget must be an EntropyBudget, got {self.entropy_budget!r}")
+        _require_choice(self, "anchors", ANCHORS)
+        if not _is_number(self.sharpness) or not 0 < self.sharpness < float("inf"):
+            raise ConfigError(f"TokenSparsity's sharpness must be a number above 0, got {self.sharpness!r}")
+        if self.entropy_budget is not None and self.reduction in ("partition", "fuse"):
+            raise ConfigError(f"reduction '{self.reduction}' needs sparsity or keep: all images keep the same number")
         _require_bool(self, "proportional_attention")
         _require_bool(self, "straight_through")
         if self.score_source == "previous" and self.before_layer == 0:

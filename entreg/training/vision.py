@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from entreg.adapters import probe
 from entreg.errors import InputError
+from entreg.training.curriculum import CellCurriculum
 from entreg.training.penalties import Penalties
 
 
@@ -49,6 +50,7 @@ class VisionObjective:
         teacher: dense model whose answers are distilled, frozen; None for no distillation.
         distillation: weight of the distillation in [0, 1]; the task loss has the rest.
         temperature: of both distributions in the distillation, above 0.
+        curriculum: see :class:`entreg.training.curriculum.CellCurriculum`; None for none.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class VisionObjective:
         teacher: nn.Module | None = None,
         distillation: float = 0.0,
         temperature: float = 1.0,
+        curriculum: CellCurriculum | None = None,
     ) -> None:
         self.penalties = penalties
         self.captures = captures
@@ -69,13 +72,18 @@ class VisionObjective:
         self.teacher = teacher
         self.distillation = distillation if teacher is not None else 0.0
         self.temperature = temperature
+        self.curriculum = curriculum
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], step: int) -> tuple[Tensor, dict[str, Any]]:
         """Loss of one batch and its parts for the log; ``{"images", "labels"}`` is read from the batch."""
         images, labels = batch["images"], batch["labels"]
-        logits = answer_logits(model(images), labels)
+        mask = None if self.curriculum is None else self.curriculum.mask(images)
+        logits = answer_logits(model(images) if mask is None else model(images, attn_mask=mask), labels)
         task = cross_entropy(logits, labels, self.label_smoothing)
         parts: dict[str, Any] = {"task": task.detach()}
+        if self.curriculum is not None:
+            self.curriculum.advance(parts["task"])
+            parts["closeness"] = self.curriculum.closeness
         loss = task
         if self.distillation > 0:
             with torch.no_grad():
@@ -91,14 +99,15 @@ class VisionObjective:
         return loss, {**parts, **numbers}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: the controllers of the penalties."""
-        regularizer = self.penalties.regularizer
-        return {} if regularizer is None else regularizer.state_dict()
+        """What a resumed run needs: the controllers of the penalties and the curriculum."""
+        parts = {"regularizer": self.penalties.regularizer, "curriculum": self.curriculum}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
-        if self.penalties.regularizer is not None:
-            self.penalties.regularizer.load_state_dict(state)
+        for name, part in (("regularizer", self.penalties.regularizer), ("curriculum", self.curriculum)):
+            if part is not None:
+                part.load_state_dict(state[name])
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
