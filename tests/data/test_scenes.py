@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from entreg.data.digits import load_digits
+from entreg.data.indexed_scenes import LENGTHS
 from entreg.data.scene_painting import SceneRecipe, num_uniform, paint
-from entreg.data.scenes import LENGTHS, MEAN, STANDARD_DEVIATION, ClutteredDigits, DigitScenes, Scenes
+from entreg.data.scenes import MEAN, STANDARD_DEVIATION, ClutteredDigits, DigitScenes, Scenes
 from entreg.errors import InputError
 
 INDICES = [5, 0, 999, 17]
