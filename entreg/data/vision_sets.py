@@ -25,9 +25,10 @@ from entreg.data.image_sources import ImageSource, cifar100, svhn
 from entreg.data.imagenet import imagenet
 from entreg.data.masks import MaskFolder
 from entreg.data.scenes import ClutteredDigits, DigitScenes
+from entreg.data.shapes import TexturedShapes
 from entreg.errors import AssetError, ConfigError
 
-_SCENES = {"digit_scenes": DigitScenes, "cluttered_mnist": ClutteredDigits}
+_SCENES = {"digit_scenes": DigitScenes, "cluttered_mnist": ClutteredDigits, "textured_shapes": TexturedShapes}
 _IMAGES = {"imagenet": ("train", "val"), "cifar100": ("train", "test"), "svhn": ("train", "test")}
 _IMAGE_KEYS = frozenset({"name", "root", "validation_fraction", "preprocessing", "augmentation", "masks"})
 _SOURCE_KEYS = {
@@ -48,7 +49,8 @@ def vision_dataset(config: Mapping[str, Any], split: str) -> Dataset:
         split: ``train``, ``validation`` or ``test``.
 
     Returns:
-        A map-style data set; :class:`LabelledImages`, or one of :mod:`entreg.data.scenes`.
+        A map-style data set: :class:`LabelledImages`, or one of :mod:`entreg.data.scenes` or
+        :mod:`entreg.data.shapes`.
 
     Raises:
         ConfigError: unknown name, key, split or model, or no root where one is needed.
@@ -84,7 +86,9 @@ def describe_dataset(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     name = _checked_name(config)
     if name in _SCENES:
-        return {"name": name, **describe_digits(), "seed": config.get("seed", 0)}
+        made = {"source": "entreg.data.shapes", "revision": f"numpy {np.__version__}"}
+        origin = made if _SCENES[name] is TexturedShapes else describe_digits()
+        return {"name": name, **origin, "seed": config.get("seed", 0)}
     sources = {split: _source(config, split) for split in SPLITS}
     return {
         "name": name,
