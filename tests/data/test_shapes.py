@@ -82,7 +82,7 @@ def test_every_class_and_nearly_every_place_occurs():
     assert len(counts) == NUM_CLASSES == 100
     assert counts.min() >= 5
     assert masks.any(axis=(1, 2)).all()
-    assert masks.any(axis=0).mean() > 0.95  # a silhouette inside its circle does not reach the corners
+    assert masks.any(axis=0).mean() > 0.9  # a silhouette inside its circle does not reach the corners
 
 
 def digest(dataset, indices):
