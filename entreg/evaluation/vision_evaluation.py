@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,30 +20,35 @@ from entreg.sparse import selection_scores, sparsity_from_mapping
 
 Row = dict[str, Any]
 
+_NO_CHOICE = {"level": None, "reduction": None, "score": None}
+
 
 def expand_plans(plans: Mapping[str, Mapping[str, Any]]) -> list[tuple[Row, dict[str, Any]]]:
     """What the entries of ``evaluation.plans`` stand for.
 
     Args:
-        plans: name to a sparsity as in ``configs/sparsity``; ``levels``, a list of sparsities, and ``scores``, a list
-            of selection scores, stand for one plan each.
+        plans: name to a sparsity as in ``configs/sparsity``; ``levels``, a list of sparsities, ``reductions`` and
+            ``scores``, lists of those, stand for one plan each. None in place of a sparsity leaves the plan out.
 
     Returns:
-        For each plan the fields that name it in a record's row (``plan``, ``score``, ``level``) and its mapping.
+        For each plan the fields that name it in a record's row (``plan``, ``level``, ``reduction``, ``score``) and its
+        mapping.
     """
     expanded = []
     for name, values in plans.items():
+        if values is None:
+            continue
         plain = dict(values)
-        levels = plain.pop("levels", [None])
-        scores = plain.pop("scores", [plain.get("score")])
-        for level in levels:
-            for score in scores:
-                mapping = dict(plain)
-                if level is not None:
-                    mapping["sparsity"] = level
-                if score is not None:
-                    mapping["score"] = score
-                expanded.append(({"plan": name, "score": score, "level": level}, mapping))
+        choices = {
+            "level": plain.pop("levels", [None]),
+            "reduction": plain.pop("reductions", [plain.get("reduction")]),
+            "score": plain.pop("scores", [plain.get("score")]),
+        }
+        for chosen in itertools.product(*choices.values()):
+            names = dict(zip(choices, chosen, strict=True))
+            given = {"sparsity": names["level"], "reduction": names["reduction"], "score": names["score"]}
+            mapping = {**plain, **{key: value for key, value in given.items() if value is not None}}
+            expanded.append(({"plan": name, **names}, mapping))
     return expanded
 
 
@@ -68,7 +74,7 @@ def evaluate_everything(
     """
     rows: list[Row] = []
     for split in config["splits"]:
-        rows.append(_accuracy_row(model, datasets[split], config, {"plan": "dense", "score": None, "level": None}))
+        rows.append(_accuracy_row(model, datasets[split], config, {"plan": "dense", **_NO_CHOICE}))
         for names, mapping in expand_plans(config["plans"]):
             if names["score"] == "gate" and gate is None:
                 continue
@@ -154,9 +160,9 @@ def _localisation_rows(model: nn.Module, dataset: Any, config: Mapping[str, Any]
         means = _mean_overlap(overlaps)
         rows.append(
             {
+                **_NO_CHOICE,
                 "plan": "localisation",
                 "score": score,
-                "level": None,
                 "layer": layer,
                 "iou_matched": means["iou"],
                 "iou_random": means["random"],
@@ -184,10 +190,9 @@ def _robustness(
                     errors[corruption, severity] = error
                     rows.append(
                         {
+                            **_NO_CHOICE,
                             "plan": "robustness",
                             "split": "test",
-                            "score": None,
-                            "level": None,
                             "setting": setting,
                             "corruption": corruption,
                             "severity": severity,

@@ -74,13 +74,13 @@ class VisionStudy:
         found = {row.get("level") for record in self.records.values() for row in record["rows"] if row["plan"] == plan}
         return sorted(found, key=lambda level: -1.0 if level is None else level)
 
-    def best_score(self, method: str, plan: str, level: float | None = None) -> str | None:
-        """The selection score with the highest mean validation accuracy of a method under a plan."""
-        means: dict[str, float] = {}
+    def best_choice(self, method: str, plan: str, level: float | None = None) -> tuple[str | None, str | None] | None:
+        """Reduction and selection score with the highest mean validation accuracy of a method under a plan."""
+        sums: dict[tuple[str | None, str | None], float] = {}
         for row in self._rows(method, self.seeds(method), "validation", plan, level):
-            means.setdefault(row["score"], 0.0)
-            means[row["score"]] += row["top1"]
-        return max(means, key=means.get) if means else None
+            choice = (row.get("reduction"), row["score"])
+            sums[choice] = sums.get(choice, 0.0) + row["top1"]
+        return max(sums, key=sums.get) if sums else None
 
     def values(
         self,
@@ -92,10 +92,12 @@ class VisionStudy:
         split: str = "test",
         seeds: Sequence[int] | None = None,
     ) -> list[float]:
-        """A field of a method under a plan, one value per seed, with the score that is best on validation."""
-        score = self.best_score(method, plan, level)
+        """A field of a method under a plan, one value per seed, with the choice that is best on validation."""
+        choice = self.best_choice(method, plan, level)
         rows = self._rows(method, self.seeds(method) if seeds is None else seeds, split, plan, level)
-        return [row[field] for row in rows if row["score"] == score and row.get(field) is not None]
+        return [
+            row[field] for row in rows if (row.get("reduction"), row["score"]) == choice and row.get(field) is not None
+        ]
 
     def localisation(self, method: str, scores: Sequence[str] | None = None) -> dict[str, Any] | None:
         """Matched-area overlap at the score (of these, or any) and layer that are best on validation.

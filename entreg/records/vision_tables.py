@@ -75,7 +75,7 @@ def settings_table(plan: str, records: Sequence[Mapping[str, Any]]) -> Table | N
                 points(dense),
                 points(sparse),
                 MISSING if lost is None else number(100 * lost),
-                study.best_score(method, plan) or MISSING,
+                ", ".join(word for word in study.best_choice(method, plan) if word),
                 points(against) if against else MISSING,
                 len(seeds),
             ]
@@ -89,12 +89,13 @@ def settings_table(plan: str, records: Sequence[Mapping[str, Any]]) -> Table | N
         f"vision-setting-{SETTINGS[plan].lower()}",
         f"Setting {SETTINGS[plan]}: {settings['keep']} patch tokens from layer {settings['before_layer']} on, "
         f"{100 * row['sparsity']:.1f} % sparsity",
-        ["method", "dense", "sparse", "lost", "score", "ours − method", "seeds"],
+        ["method", "dense", "sparse", "lost", "tokens are, by score", "ours − method", "seeds"],
         rows,
         notes=[
             "Test accuracy per answer in per cent, mean over seeds with 95 % interval; lost: points below the plain "
-            "model's dense accuracy. The selection score is each method's best on validation; differences are paired "
-            "by seed. All methods start from the same dense model and take the same number of further steps.",
+            "model's dense accuracy. How tokens are reduced and ranked is each method's best on validation; "
+            "differences are paired by seed. All methods start from the same dense model and take the same number of "
+            "further steps.",
         ],
         align="lrrrlrr",
         record_ids=study.record_ids,
