@@ -7,7 +7,9 @@ file system. Whatever goes wrong on the way, the target stays as it was and no t
 import contextlib
 import errno
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from entreg.errors import OutputError
@@ -58,6 +60,45 @@ def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
     """Writes ``text`` as UTF-8 with the newlines it has; see :func:`write_bytes_atomic`."""
     return write_bytes_atomic(path, text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def folder_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to be filled that takes the name ``path`` only when the block ends without an exception.
+
+    Args:
+        path: target folder; one that exists is replaced.
+
+    Yields:
+        An empty folder beside the target.
+
+    Raises:
+        OutputError: something cannot be written, also by the block itself. No temporary folder is left.
+    """
+    target = Path(path)
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:80]}.", suffix=".tmp", dir=target.parent))
+        yield temporary
+        for file in temporary.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        os.chmod(temporary, 0o777 & ~_umask())
+        _sync_folder(temporary)
+        # A folder cannot be replaced in one step unless it is empty.
+        old = temporary.with_suffix(".old.tmp")
+        if target.exists():
+            os.replace(target, old)
+        os.replace(temporary, target)
+        temporary = None
+        _sync_folder(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(_sentence(target, error)) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def require_writable(folder: str | os.PathLike[str]) -> None:

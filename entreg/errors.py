@@ -28,3 +28,7 @@ class RecordError(EntregError):
 
 class OutputError(EntregError):
     """A result cannot be written: no permission, disk full, or a file stands where a folder is needed."""
+
+
+class TrainingError(EntregError):
+    """Training cannot go on: the loss or its gradient is not finite, in a step and a term that the sentence names."""

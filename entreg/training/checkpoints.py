@@ -1,0 +1,251 @@
+"""Checkpoints of training: a folder of safetensors files and one JSON file with their checksums, never pickle.
+
+``<run>/checkpoints/step-00000200/`` holds ``model.safetensors`` (the weights, under the model's own names),
+``averaged.safetensors`` (their moving average, where there is one), ``training.safetensors`` (all other tensors) and
+``state.json`` (everything else, and the SHA-256 of every file and of itself). A folder appears under its name only
+when it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from entreg.atomic import folder_atomic
+from entreg.errors import AssetError, InputError, OutputError
+
+MODEL, AVERAGED, TRAINING, STATE = "model.safetensors", "averaged.safetensors", "training.safetensors", "state.json"
+_FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds, checked and in memory.
+
+    Attributes:
+        path: its folder.
+        step: number of finished steps.
+        model: weights by name.
+        averaged: their moving average, or None.
+        state: everything else, as it was given to :func:`save_checkpoint`.
+    """
+
+    path: Path
+    step: int
+    model: dict[str, Tensor]
+    averaged: dict[str, Tensor] | None
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    model: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    *,
+    averaged: Mapping[str, Tensor] | None = None,
+    keep: int | None = None,
+) -> Path:
+    """Write one checkpoint, then remove all but the newest.
+
+    Args:
+        root: folder of the run's checkpoints.
+        step: number of finished steps, at least 0.
+        model: weights by name, on any device.
+        state: dictionaries (keys strings or whole numbers), lists, tuples, tensors, numbers, strings, booleans, None.
+        averaged: moving average of the weights.
+        keep: how many checkpoints stay, at least 1; None for all.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        InputError: ``state`` holds something else.
+        OutputError: it cannot be written; older checkpoints are untouched.
+    """
+    tensors: dict[str, Tensor] = {}
+    plain = _pack(state, tensors, "state")
+    files = {MODEL: model, TRAINING: tensors}
+    if averaged is not None:
+        files[AVERAGED] = averaged
+    target = root / f"step-{step:08d}"
+    with folder_atomic(target) as folder:
+        for name, content in files.items():
+            try:
+                save_file(_owned(content), folder / name)
+            except SafetensorError as error:
+                raise OutputError(f"Cannot write {target / name}: {error}; free some space and run again.") from error
+        content = {
+            "format": _FORMAT,
+            "step": step,
+            "files": {name: _checksum(folder / name) for name in files},
+            "state": plain,
+        }
+        (folder / STATE).write_text(json.dumps({**content, "checksum": _own_checksum(content)}), encoding="utf-8")
+    if keep is not None:
+        # What a killed run was writing is of no use to anybody.
+        leftovers = [path for path in root.glob(".step-*.tmp") if path.is_dir()]
+        for path in [*leftovers, *_folders(root)[keep:]]:
+            shutil.rmtree(path, ignore_errors=True)
+    return target
+
+
+def latest_checkpoint(root: Path) -> Checkpoint | None:
+    """The newest undamaged checkpoint, or None; each damaged one that is passed over is named on standard error."""
+    damaged = []
+    for folder in _folders(root):
+        try:
+            found = read_checkpoint(folder)
+        except AssetError as error:
+            damaged.append(str(error))
+            continue
+        for sentence in damaged:
+            print(f"{sentence} Training goes on from the older {found.path.name}.", file=sys.stderr)
+        return found
+    for sentence in damaged:
+        print(f"{sentence} There is no older one, so training starts again.", file=sys.stderr)
+    return None
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint and check it.
+
+    Raises:
+        AssetError: a file is missing or damaged.
+    """
+    try:
+        content = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.pop("checksum", None) != _own_checksum(content):
+            raise ValueError(f"{STATE} was changed")
+        if content["format"] != _FORMAT:
+            raise ValueError(f"its format is {content['format']}, this version reads {_FORMAT}")
+        for name, checksum in content["files"].items():
+            if _checksum(folder / name) != checksum:
+                raise ValueError(f"{name} was changed")
+        tensors = {name: load_file(folder / name) for name in content["files"]}
+        state = _unpack(content["state"], tensors[TRAINING])
+    except FileNotFoundError as error:
+        raise AssetError(f"Checkpoint {folder} is damaged: {Path(error.filename).name} is missing.") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise AssetError(f"Checkpoint {folder} is damaged: {error}.") from error
+    return Checkpoint(folder, content["step"], tensors[MODEL], tensors.get(AVERAGED), state)
+
+
+def remove_checkpoints(root: Path) -> None:
+    """Remove all checkpoints of a run."""
+    for folder in _folders(root):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_model_weights(model: nn.Module, source: str | Path) -> None:
+    """Put trained weights into a model.
+
+    Args:
+        model: changed in place; names and shapes must be those of the weights.
+        source: a safetensors file, a checkpoint's folder, or a run's folder, whose newest checkpoint is taken. Of a
+            checkpoint, the averaged weights are taken where there are any.
+
+    Raises:
+        AssetError: nothing is there, it is damaged, or it holds another model's weights; the model is unchanged.
+    """
+    path = Path(source)
+    if path.is_dir():
+        checkpoint = read_checkpoint(path) if (path / STATE).exists() else latest_checkpoint(path / "checkpoints")
+        if checkpoint is None:
+            raise AssetError(f"There is no checkpoint in {path}; name a safetensors file or the folder of a run.")
+        weights = checkpoint.averaged or checkpoint.model
+    else:
+        try:
+            weights = load_file(path)
+        except FileNotFoundError as error:
+            raise AssetError(f"There are no weights at {path}; name a safetensors file or a run's folder.") from error
+        except (OSError, SafetensorError) as error:
+            raise AssetError(f"The weights at {path} cannot be read: {error}; make them anew.") from error
+    difference = weights_difference(model, weights)
+    if difference:
+        raise AssetError(f"The weights at {path} are not of this model: {difference}.")
+    model.load_state_dict(weights)
+
+
+def weights_difference(model: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
+    """The first difference in names or shapes between a model and weights, in words; None when they fit."""
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    for name in [*wanted, *found]:
+        if name not in found:
+            return f"'{name}' is missing"
+        if name not in wanted:
+            return f"the model has no '{name}'"
+        if wanted[name] != found[name]:
+            return f"'{name}' has shape {found[name]}, the model's has {wanted[name]}"
+    return None
+
+
+def _folders(root: Path) -> list[Path]:
+    """Folders of checkpoints, newest first."""
+    if not root.is_dir():
+        return []
+    named = [(int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(named, reverse=True)]
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _own_checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, and without shared memory, which the format has not (tied weights are written twice)."""
+    result: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        address = value.untyped_storage().data_ptr()
+        result[name] = value.clone() if address in seen else value
+        seen.add(address)
+    return result
+
+
+def _pack(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    """The value as JSON, its tensors moved to ``tensors`` under their paths."""
+    if isinstance(value, Tensor):
+        tensors[path] = value
+        return {"tensor": path}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        items = [_pack(item, tensors, f"{path}.{index}") for index, item in enumerate(value)]
+        return {type(value).__name__: items}
+    if isinstance(value, Mapping) and all(isinstance(key, str) or type(key) is int for key in value):
+        return {"items": [[key, _pack(item, tensors, f"{path}.{key}")] for key, item in value.items()]}
+    raise InputError(f"a checkpoint cannot hold {path}, of type {type(value).__name__}; use tensors and plain values")
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        # A copy: what is read from the file may be a view of it.
+        return tensors[content].clone()
+    if kind == "items":
+        return {key: _unpack(item, tensors) for key, item in content}
+    items = [_unpack(item, tensors) for item in content]
+    return tuple(items) if kind == "tuple" else items
