@@ -96,6 +96,12 @@ def test_mappings_that_are_refused(mapping, sentence):
         (lambda: TokenSparsity(keep=3, before_layer=-1), "before_layer"),
         (lambda: TokenSparsity(keep=3, before_layer=None), "before_layer"),
         (lambda: TokenSparsity(keep=3, reduction="prune"), "reduction must be one of drop, merge"),
+        (lambda: TokenSparsity(keep=3, anchors="first"), "anchors must be one of top, residual"),
+        (lambda: TokenSparsity(keep=3, sharpness=0.0), "sharpness must be a number above 0"),
+        (
+            lambda: TokenSparsity(entropy_budget=EntropyBudget(), reduction="partition"),
+            "reduction 'partition' needs sparsity or keep",
+        ),
         (lambda: TokenSparsity(keep=3, score_source="next"), "score_source must be one of own, previous"),
         (lambda: TokenSparsity(keep=3, score_source="previous", before_layer=0), "needs before_layer of at least 1"),
         (lambda: TokenSparsity(keep=3, straight_through="yes"), "straight_through must be true or false"),
