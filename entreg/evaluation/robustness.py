@@ -210,9 +210,7 @@ def error_rate(predict: Predict, images: np.ndarray, labels: np.ndarray, batch_s
     return wrong / labels[: len(images)].size
 
 
-def predictor(
-    model: nn.Module, prepare: Preparation, *, num_answers: int | None = None, precision: str = "float32"
-) -> Predict:
+def predictor(model: nn.Module, prepare: Preparation, num_answers: int | None = None) -> Predict:
     """The function of a model that :func:`corruption_errors` wants.
 
     The model is used as it is, with whatever sparse path is active and in the mode it is in: put it in evaluation mode.
@@ -222,14 +220,12 @@ def predictor(
             runs where its parameters are.
         prepare: see :func:`entreg.data.corrupted_images.preparation_of`.
         num_answers: of a model that answers with its first tokens, as many labels as an image has; None: one answer.
-        precision: ``float32``, or ``bfloat16`` through autocast.
     """
     device = next(model.parameters()).device
 
     @torch.no_grad()
     def predict(images: np.ndarray) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            logits = model(prepare(images).to(device))
+        logits = model(prepare(images).to(device))
         return (logits if num_answers is None else logits[:, :num_answers]).argmax(-1)
 
     return predict
