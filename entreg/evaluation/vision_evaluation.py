@@ -111,7 +111,8 @@ def _accuracy_row(
         selection = handle.selections[0]
         patches = selection.scores.shape[1] - model.num_prefix_tokens
         kept = kept_patches(selection.kept.cpu(), patches, num_prefix=model.num_prefix_tokens)
-        overlaps.append(overlap(kept, patch_masks(batch["masks"], _grid(model))))
+        coverage = {} if config["localisation"] is None else {"coverage": config["localisation"]["coverage"]}
+        overlaps.append(overlap(kept, patch_masks(batch["masks"], _grid(model), **coverage)))
 
     try:
         result = evaluate(model, dataset, observe=observe, **_loader(config))
@@ -135,7 +136,7 @@ def _localisation_rows(model: nn.Module, dataset: Any, config: Mapping[str, Any]
     def observe(batch: Mapping[str, Tensor]) -> None:
         if "masks" not in batch:
             raise ConfigError("evaluation.localisation needs a data set with masks; set it to null, or data.masks")
-        covered = patch_masks(batch["masks"], _grid(model))
+        covered = patch_masks(batch["masks"], _grid(model), config["localisation"]["coverage"])
         for capture in captures.captures:
             for score in scores:
                 ranked = selection_scores(

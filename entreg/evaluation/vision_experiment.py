@@ -28,6 +28,7 @@ from entreg.records.record import config_hash, new_record
 from entreg.records.store import RecordStore
 from entreg.sparse import sparsity_from_mapping
 from entreg.training.checkpoints import load_model_weights
+from entreg.training.curriculum import CellCurriculum, CurriculumSettings
 from entreg.training.loop import TrainingSettings, train, training_settings_from_mapping
 from entreg.training.penalties import Penalties, penalty_from_mapping
 from entreg.training.vision import VisionObjective, frozen_copy, prepare_penalties
@@ -182,14 +183,24 @@ def dense_model(run: VisionRun, dataset: Any) -> tuple[nn.Module, float]:
     settings = _settings(run, "base")
     torch.manual_seed(run.config["seed"])
     spec = run.config["model"]
-    model = vision_model(spec["name"], pretrained=spec["pretrained"], checkpoint=spec["checkpoint"], **spec["options"])
+    model = vision_model(
+        spec["name"],
+        pretrained=spec["pretrained"],
+        checkpoint=spec["checkpoint"],
+        fused_attention=spec["fused_attention"],
+        **spec["options"],
+    )
     checkpoint = run.config["base"]["checkpoint"]
     if checkpoint is not None:
         load_model_weights(model, checkpoint)
         return model, 0.0
     if settings.steps == 0:
         return model, 0.0
-    objective = VisionObjective(Penalties({}))
+    curriculum = None
+    if run.config["base"]["curriculum"] is not None:
+        curriculum = CellCurriculum(CurriculumSettings(**run.config["base"]["curriculum"]), model)
+        curriculum.mark(model, run.config["seed"])
+    objective = VisionObjective(Penalties({}), curriculum=curriculum)
     folder = run.folder / f"{run.experiment.replace('/', '-')}-dense-{config_hash(run.base_config)}"
     result = train(model, objective, dataset, settings, folder, resume=run.resume)
     return model, result.seconds

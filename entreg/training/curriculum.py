@@ -32,19 +32,22 @@ class CurriculumSettings:
         switch: c from which it grows by ``increment`` per step instead.
         increment: above 0.
         smoothing: weight of the past in the running loss, in [0, 1).
+        code: standard deviation of a random vector per cell that is added to the position embeddings of its tokens
+            before training (by :meth:`CellCurriculum.mark`), at least 0; without it most runs stay on the plateau.
     """
 
     cells: int = 2
-    threshold: float = 0.7
+    threshold: float = 0.95
     start: float = 0.001
     factor: float = 1.1
     switch: float = 0.15
     increment: float = 0.02
     smoothing: float = 0.9
+    code: float = 0.3
 
     def __post_init__(self) -> None:
         positive = self.cells >= 1 and 0 < self.start <= 1 and self.increment > 0 and self.threshold > 0
-        if not (positive and self.factor > 1 and 0 <= self.smoothing < 1):
+        if not (positive and self.factor > 1 and self.code >= 0 and 0 <= self.smoothing < 1):
             raise ConfigError(f"curriculum settings out of range: {self}")
 
 
@@ -70,10 +73,18 @@ class CellCurriculum:
         rows = torch.arange(grid[0]) * settings.cells // grid[0]
         columns = torch.arange(grid[1]) * settings.cells // grid[1]
         patches = (rows[:, None] * settings.cells + columns).flatten()
-        cell = torch.cat((torch.arange(model.num_prefix_tokens), patches))
-        self.apart = cell[:, None] != cell
+        self.cell = torch.cat((torch.arange(model.num_prefix_tokens), patches))
+        self.apart = self.cell[:, None] != self.cell
         self.closeness = settings.start
         self.running_loss: float | None = None
+
+    @torch.no_grad()
+    def mark(self, model: nn.Module, seed: int) -> None:
+        """Give the tokens of each cell something in common: a vector added to their position embeddings."""
+        generator = torch.Generator().manual_seed(seed)
+        width = model.pos_embed.shape[-1]
+        codes = self.settings.code * torch.randn(int(self.cell.max()) + 1, width, generator=generator)
+        model.pos_embed += codes[self.cell].to(model.pos_embed)
 
     def mask(self, images: Tensor) -> Tensor | None:
         """(n, n) additive bias of the logits, in the dtype that attention runs in; None once the cells are together."""
