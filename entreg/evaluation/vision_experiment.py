@@ -157,9 +157,11 @@ def run_vision(run: VisionRun, command: str) -> dict[str, Any]:
         split: vision_dataset(run.config["data"], split) for split in ("train", *run.config["evaluation"]["splits"])
     }
     model, base_seconds = dense_model(run, datasets["train"])
-    model, metrics = _trained(run, model, datasets["train"])
+    gate, metrics = _train_further(run, model, datasets["train"])
     model.to(device).eval()
-    evaluation, rows = evaluate_everything(model, datasets, run.config["evaluation"], run.config["seed"])
+    evaluation, rows = evaluate_everything(
+        model, datasets, run.config["evaluation"], data=run.config["data"], gate=gate
+    )
     return new_record(
         experiment=run.experiment,
         scale=run.config["scale"],
@@ -206,11 +208,11 @@ def dense_model(run: VisionRun, dataset: Any) -> tuple[nn.Module, float]:
     return model, result.seconds
 
 
-def _trained(run: VisionRun, model: nn.Module, dataset: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """The dense model after the method's training, every handle removed again."""
+def _train_further(run: VisionRun, model: nn.Module, dataset: Any) -> tuple[nn.ModuleDict | None, dict[str, Any]]:
+    """The method's training of the dense model, in place, every handle removed again; its gate, if it has one."""
     settings = _settings(run, "trainer")
     if settings.steps == 0:
-        return model, {"training_seconds": 0.0}
+        return None, {"training_seconds": 0.0}
     regularizer = run.config["regularizer"]
     penalties = _penalties(run)
     teacher = frozen_copy(model).to(run.config["device"]) if regularizer["distillation"] > 0 else None
@@ -237,7 +239,8 @@ def _trained(run: VisionRun, model: nn.Module, dataset: Any) -> tuple[nn.Module,
         for handle in (captures, sparse):
             if handle is not None:
                 handle.remove()
-    return model, {"training_seconds": result.seconds, "training_steps": result.steps, **_last(result.history)}
+    gate = None if sparse is None else sparse.gate
+    return gate, {"training_seconds": result.seconds, "training_steps": result.steps, **_last(result.history)}
 
 
 def _last(history: list[Mapping[str, Any]]) -> dict[str, Any]:
