@@ -13,6 +13,8 @@ from entreg.errors import InputError
 from entreg.sparse._blocks import permuted
 from entreg.sparse.plan import SparsityPlan
 
+_MOST_SHAPES = 64
+
 
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, scale: float, key_bias: Tensor | None) -> Tensor:
     """(batch, heads, n, d_v); with a permutation, attention runs in the order in which blocks are contiguous."""
@@ -37,7 +39,7 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, scale: floa
     def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score + key_bias[b, j]
 
-    out = _compiled()(
+    out = _flex_attention(
         q,
         k,
         v,
@@ -68,7 +70,21 @@ def _mask_function(plan: SparsityPlan) -> Any:
     return lambda b, h, i, j: chosen(b, h, i, j) & (j <= i + later)
 
 
+def _flex_attention(*tensors: Tensor, **arguments: Any) -> Tensor:
+    if torch.compiler.is_compiling():
+        return flex_attention(*tensors, **arguments)
+    try:
+        # Above its usual limit of 8 shapes the compiler would silently run the uncompiled code instead, which holds
+        # all n x m entries: the limit is raised, and with fullgraph reaching it is an error.
+        with torch._dynamo.config.patch(recompile_limit=_MOST_SHAPES):
+            return _compiled()(*tensors, **arguments)
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        raise InputError(
+            f"FlexAttention is compiled anew for every shape, and {_MOST_SHAPES} are the most in one process; "
+            "use the backend 'gather' for many different lengths"
+        ) from error
+
+
 @lru_cache(maxsize=1)
 def _compiled() -> Any:
-    # Uncompiled, FlexAttention holds all n x m entries.
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)

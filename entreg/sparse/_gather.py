@@ -76,10 +76,11 @@ def gather(q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, key_bias: Tensor
 
 def _keys_at(x: Tensor, index: Tensor) -> Tensor:
     """Rows of x (batch, key_heads, m, d) by index (batch, key_heads or 1, length)."""
-    # Advanced indexing copies whole rows; torch.gather with an expanded index goes element by element.
-    elements = torch.arange(len(x), device=x.device)[:, None, None]
-    heads = torch.arange(x.shape[1], device=x.device)[:, None]
-    return x[elements, heads, index]
+    # Rows of one flat table: index_select copies whole rows, torch.gather with an expanded index element by element.
+    batch, key_heads, length, width = x.shape
+    tables = torch.arange(batch * key_heads, device=x.device).view(batch, key_heads, 1) * length
+    flat = x.reshape(-1, width).index_select(0, (tables + index).flatten())
+    return flat.view(batch, key_heads, -1, width)
 
 
 def _rows_at(x: Tensor, rows: Tensor) -> Tensor:

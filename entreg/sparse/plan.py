@@ -15,7 +15,6 @@ budget turns into work saved.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -127,7 +126,7 @@ class SparsityPlan:
         """Blocks only: number of key blocks."""
         return num_blocks(self.num_keys, self.block_size)
 
-    @cached_property
+    @property
     def dense(self) -> bool:
         """Whether nothing is left out, so that attention is plain dense attention."""
         if self.kind == "columns":

@@ -7,7 +7,6 @@ that it saves, so attention rows are computed for a small sample of the queries:
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from entreg.errors import InputError
 from entreg.sparse._partition import token_parts
 from entreg.sparse.config import SCORES
 
+_GOLDEN_RATIO = (1.0 + math.sqrt(5.0)) / 2.0
 _FROM_ROWS = ("received", "prefix", "mixed", "part")
 
 
@@ -36,8 +36,8 @@ def selection_scores(
 ) -> Tensor:
     """Score of every key, per query head; differentiable in q and k (``"magnitude"``: in what is measured).
 
-    * ``"received"``: mean over the sampled queries of the attention that the key receives; an unbiased estimate of the
-      mean over all queries, exact if all are sampled. Sums to one.
+    * ``"received"``: mean over the sampled queries of the attention that the key receives; an estimate of the mean
+      over all queries, unbiased if a generator draws the sample, exact if all are sampled. Sums to one.
     * ``"prefix"``: mean of the prefix tokens' attention rows. Sums to one.
     * ``"mixed"``: half of each; without prefix tokens, or under a causal mask (where they see only themselves),
       ``"received"`` alone.
@@ -57,9 +57,9 @@ def selection_scores(
         features: (batch, m, c).
         num_parts: of ``"part"``, at least 1.
         causal: query i sees the keys 0 ... i + m - n only; needs m >= n.
-        generator: a CPU generator from which positions of queries, or random scores, are drawn. Without one, positions
-            are always the same pseudo-random ones for a given n, so that an image's scores do not depend on what was
-            run before; random scores come from torch's global generator.
+        generator: a CPU generator from which positions of queries, or random scores, are drawn. Without one, the
+            positions are always the same for a given n, one in each of equal intervals, so that an image's scores do
+            not depend on what was run before; random scores come from torch's global generator.
 
     Returns:
         (batch, heads, m), float32 or float64.
@@ -153,7 +153,7 @@ def _from_rows(
         if not with_prefix:
             return received
         return 0.5 * received + _weighted_rows(q, k, prefix, torch.full((num_prefix,), 0.5 / num_prefix), scale, causal)
-    rows = sampled_positions(n, num_sampled_queries, generator).to(q.device)
+    rows = sampled_positions(n, num_sampled_queries, generator, q.device)
     weights = torch.full((num_sampled_queries,), 1.0 / num_sampled_queries)
     if with_prefix:
         rows = torch.cat((prefix, rows))
@@ -183,19 +183,21 @@ def _weighted_rows(q: Tensor, k: Tensor, rows: Tensor, weights: Tensor, scale: f
         return (weights @ torch.softmax(logits, dim=-1)).squeeze(-2)
 
 
-def sampled_positions(length: int, number: int, generator: torch.Generator | None = None) -> Tensor:
-    """Query positions to look at, uniform without replacement: (number,) int64, on the CPU.
+def sampled_positions(
+    length: int, number: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Query positions to look at, without replacement: (number,) int64.
 
-    With a generator a fresh draw; without one the same draw every time for this length and number.
+    With a generator uniformly drawn ones. Without, always the same ones: one in each of ``number`` equal intervals, at
+    an irregular place in it, so that no row or column of an image is preferred.
     """
-    if generator is None:
-        return _fixed_positions(length, number)
-    return torch.randperm(length, generator=generator, device=generator.device)[:number].cpu()
-
-
-@lru_cache(maxsize=256)
-def _fixed_positions(length: int, number: int) -> Tensor:
-    return torch.randperm(length, generator=torch.Generator().manual_seed(0))[:number].sort().values
+    if generator is not None:
+        return torch.randperm(length, generator=generator, device=generator.device)[:number].to(device)
+    index = torch.arange(number, device=device)
+    start = index * length // number
+    size = (index + 1) * length // number - start
+    # Multiples of the golden ratio modulo 1 never fall into step with the width of an image.
+    return start + (index.double() * _GOLDEN_RATIO % 1.0 * size).long()
 
 
 def _magnitude(q: Tensor, k: Tensor, values: Tensor | None, features: Tensor | None) -> Tensor:
