@@ -36,10 +36,12 @@ from entreg.data.corruptions import (
     require_images,
     require_severity,
 )
-from entreg.data.scenes import MEAN, STANDARD_DEVIATION
 from entreg.errors import InputError
 
 Preparation = Callable[[np.ndarray], Tensor]
+
+# Images that are made at once before they become bytes.
+_CHUNK_IMAGES = 256
 
 
 class CorruptedImages(Dataset):
@@ -201,12 +203,12 @@ def clean_images(dataset: Any, limit: int | None = None) -> tuple[np.ndarray, np
     """The first images of a data set before normalisation, ready to be corrupted.
 
     Args:
-        dataset: with ``pixels(indices)`` as :class:`entreg.data.scenes.Scenes`, or with ``raw(index)`` as
-            :class:`entreg.data.vision_sets.LabelledImages`.
+        dataset: an :class:`~entreg.data.indexed_scenes.IndexedScenes` or
+            :class:`~entreg.data.vision_sets.LabelledImages`, or alike.
         limit: the first so many, at least 1; None for all.
 
     Returns:
-        Images (n, h, w, c) uint8, rounded, and labels (n,) or (n, answers) int64.
+        Images (n, h, w, c) uint8 and labels (n,) or (n, answers) int64.
 
     Raises:
         InputError: another kind of data set, a limit below 1, or images of different sizes.
@@ -215,9 +217,12 @@ def clean_images(dataset: Any, limit: int | None = None) -> tuple[np.ndarray, np
         raise InputError(f"limit must be at least 1, got {limit}")
     count = len(dataset) if limit is None else min(limit, len(dataset))
     if hasattr(dataset, "pixels"):
-        pixels, labels, *_ = dataset.pixels(range(count))
-        images = np.ascontiguousarray(np.rint(pixels * 255.0).astype(np.uint8).transpose(0, 2, 3, 1))
-        return images, labels[:, 0] if labels.shape[1:] == (1,) else labels
+        images, labels = [], []
+        for start in range(0, count, _CHUNK_IMAGES):
+            pixels, answers, *_ = dataset.pixels(range(start, min(start + _CHUNK_IMAGES, count)))
+            images.append(np.rint(pixels.transpose(0, 2, 3, 1) * 255.0).astype(np.uint8))
+            labels.append(answers[:, 0] if answers.shape[1] == 1 else answers)
+        return np.concatenate(images), np.concatenate(labels)
     if hasattr(dataset, "raw"):
         raw = [dataset.raw(index) for index in range(count)]
         if len({image.shape for image in raw}) != 1:
@@ -227,14 +232,12 @@ def clean_images(dataset: Any, limit: int | None = None) -> tuple[np.ndarray, np
 
 
 def preparation_of(dataset: Any) -> Preparation:
-    """How a data set of :func:`clean_images` normalises its images, for corrupted ones to be prepared alike.
+    """How a data set of :func:`clean_images` prepares its images for a model, for corrupted ones to be treated alike.
 
     Returns:
-        Function of images (b, h, w, c) uint8, giving float32 (b, c, h, w).
+        Function of images (b, h, w, c) uint8, giving float32 (b, c, h', w').
     """
-    if hasattr(dataset, "prepare"):
-        return lambda images: torch.stack([dataset.prepare(image) for image in images])
-    return lambda images: (_unit_range(images) - MEAN) / STANDARD_DEVIATION
+    return lambda images: torch.stack([dataset.prepare(image) for image in images])
 
 
 def require_labels(labels: np.ndarray, count: int) -> np.ndarray:

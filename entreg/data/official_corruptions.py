@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ class OfficialCorruptions(CorruptedSet):
     Args:
         folder: with the files.
         num_classes: labels must be below it.
-        images_per_severity: n, 10,000 in the published files; None: a fifth of the labels.
+        images_per_severity: n, 10,000 in the published files; None: a fifth of the rows that most files have.
         shape: of an image.
 
     Raises:
@@ -51,9 +53,12 @@ class OfficialCorruptions(CorruptedSet):
         if missing:
             raise AssetError(f"{self.folder} lacks {', '.join(missing)}; {DOWNLOAD}")
         self.corruptions = tuple(name for name in ALL_CORRUPTIONS if name in present)
-        self.labels = self._read_labels(num_classes, images_per_severity)
-        rows = len(SEVERITIES) * len(self.labels)
-        self._files = {name: _open_images(self.folder / f"{name}.npy", (rows, *shape)) for name in self.corruptions}
+        files = {name: _open(self.folder / f"{name}.npy") for name in self.corruptions}
+        rows = _common_rows(files) if images_per_severity is None else len(SEVERITIES) * images_per_severity
+        for name, array in files.items():
+            _require(array, "uint8", (rows, *shape), self.folder / f"{name}.npy")
+        self._files = files
+        self.labels = self._read_labels(rows, num_classes)
 
     def images(self, corruption: str, severity: int) -> np.ndarray:
         self._require(corruption, severity)
@@ -71,22 +76,16 @@ class OfficialCorruptions(CorruptedSet):
             "corruptions": list(self.corruptions),
         }
 
-    def _read_labels(self, num_classes: int, images_per_severity: int | None) -> np.ndarray:
+    def _read_labels(self, rows: int, num_classes: int) -> np.ndarray:
         path = self.folder / "labels.npy"
         labels = _open(path)
-        severities = len(SEVERITIES)
-        count = len(labels) // severities if images_per_severity is None and labels.ndim else images_per_severity
-        if labels.ndim != 1 or labels.dtype.kind not in "iu" or not count or len(labels) != severities * count:
-            wanted = "a multiple of 5" if images_per_severity is None else f"5 x {images_per_severity}"
-            raise AssetError(
-                f"{path} must hold {wanted} integers, one per image and severity, got {labels.dtype} {labels.shape}"
-            )
-        blocks = np.asarray(labels, dtype=np.int64).reshape(severities, count)
+        _require(labels, "integers", (rows,), path)
+        blocks = np.asarray(labels, dtype=np.int64).reshape(len(SEVERITIES), -1)
         if blocks.min() < 0 or blocks.max() >= num_classes:
             raise AssetError(f"{path} holds labels from {blocks.min()} to {blocks.max()}, not below {num_classes}")
         if (blocks != blocks[0]).any():
-            raise AssetError(f"{path} must repeat the same {count} labels for each of the 5 severities")
-        return require_labels(blocks[0], count)
+            raise AssetError(f"{path} must repeat the same {blocks.shape[1]} labels for each of the 5 severities")
+        return require_labels(blocks[0], blocks.shape[1])
 
 
 def _open(path: Path) -> np.ndarray:
@@ -96,8 +95,17 @@ def _open(path: Path) -> np.ndarray:
         raise AssetError(f"{path} is truncated or no array file; fetch it again ({DOWNLOAD})") from error
 
 
-def _open_images(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    images = _open(path)
-    if images.dtype != np.uint8 or images.shape != shape:
-        raise AssetError(f"{path} must hold uint8 of shape {shape}, got {images.dtype} {images.shape}")
-    return images
+def _common_rows(files: Mapping[str, np.ndarray]) -> int:
+    """The rows that most files have, at least one for each severity: the others are wrong."""
+    counts = Counter(array.shape[0] for array in files.values() if array.ndim and array.shape[0])
+    rows = counts.most_common(1)[0][0] if counts else 0
+    return max(1, rows // len(SEVERITIES)) * len(SEVERITIES)
+
+
+def _require(array: np.ndarray, content: str, shape: tuple[int, ...], path: Path) -> None:
+    fits = array.dtype == np.uint8 if content == "uint8" else array.dtype.kind in "iu"
+    if not fits or array.shape != shape:
+        raise AssetError(
+            f"{path} must hold {content} of shape {shape}, the rows one for each image and severity; it has "
+            f"{array.dtype} of shape {array.shape}"
+        )

@@ -1,4 +1,4 @@
-"""Miniature files in exactly the official layouts of CIFAR-100, SVHN, ImageNet and ImageNet-S, for tests."""
+"""Miniature files in exactly the official layouts of CIFAR-100, CIFAR-100-C, SVHN, ImageNet and ImageNet-S."""
 
 import io
 import pickle
@@ -8,6 +8,8 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 from scipy.io import savemat
+
+from entreg.data.corruptions import ALL_CORRUPTIONS
 
 
 class Python2Pickler(pickle._Pickler):
@@ -104,3 +106,12 @@ def write_imagenet_s_mask(path, inside, class_number):
     pixels = np.stack([classes % 256, classes // 256, np.zeros_like(classes)], axis=-1).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
+
+
+def write_corruptions(folder, labels):
+    """``folder`` like CIFAR-100-C: for each of the 19 corruptions (5 n, 32, 32, 3) random bytes, and the labels."""
+    folder.mkdir(parents=True)
+    for seed, corruption in enumerate(ALL_CORRUPTIONS):
+        np.save(folder / f"{corruption}.npy", random_pixels(5 * len(labels), seed))
+    np.save(folder / "labels.npy", np.tile(labels, 5).astype(np.uint8))
+    return folder
