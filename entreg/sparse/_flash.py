@@ -15,8 +15,7 @@ from entreg.sparse.plan import SparsityPlan
 def attend_flash(q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, scale: float, key_bias: Tensor | None) -> Tensor:
     """(batch, heads, n, d_v), by dense calls of flash_attn_func on gathered keys and values."""
     function = _flash_attention()
-    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
-        raise InputError(f"flash-attn needs float16 or bfloat16 on a CUDA device, got {q.dtype} on {q.device.type}")
+    _require_supported(q)
     gathered = gather(q, k, v, plan, key_bias)
     if gathered.mask is not None:
         raise InputError(
@@ -25,6 +24,11 @@ def attend_flash(q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, scale: flo
         )
     rows = (x.transpose(1, 2) for x in (gathered.q, gathered.k, gathered.v))
     return gathered.scatter(function(*rows, softmax_scale=scale).transpose(1, 2))
+
+
+def _require_supported(q: Tensor) -> None:
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+        raise InputError(f"flash-attn needs float16 or bfloat16 on a CUDA device, got {q.dtype} on {q.device.type}")
 
 
 def _flash_attention() -> Any:

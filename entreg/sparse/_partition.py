@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from entreg.errors import InputError
+
 _CANDIDATES_PER_PART = 4
 _ITERATIONS = 2
 
@@ -24,7 +26,12 @@ def token_parts(points: Tensor, num_parts: int, *, num_prefix: int = 0) -> Tenso
 
     Returns:
         (batch, n) int64: 0 for the prefix, 1 ... num_parts for the others. A part can be empty.
+
+    Raises:
+        InputError: ``num_parts`` below 1.
     """
+    if num_parts < 1:
+        raise InputError(f"num_parts must be at least 1, got {num_parts}")
     dtype = torch.promote_types(points.dtype, torch.float32)
     patches = points[:, num_prefix:].to(dtype)
     count = min(num_parts, patches.shape[1])

@@ -304,8 +304,6 @@ def _block_order(
             "use num_parts=1"
         )
     if parts is None:
-        if num_parts is not None and num_parts < 1:
-            raise InputError(f"num_parts must be at least 1, got {num_parts}")
         count = _DEFAULT_PARTS if num_parts is None else num_parts
         parts = token_parts(k.transpose(1, 2).flatten(2), count, num_prefix=num_prefix)
     elif parts.dtype != torch.int64 or parts.shape != (len(k), k.shape[2]):

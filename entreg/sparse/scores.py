@@ -144,21 +144,24 @@ def _from_rows(
 ) -> Tensor:
     n = q.shape[2]
     with_prefix = _uses_prefix(score, num_prefix, causal)
-    prefix = torch.arange(num_prefix, device=q.device)
+    rows = torch.arange(num_prefix, device=q.device)
     if score == "prefix":
-        return _weighted_rows(q, k, prefix, torch.full((num_prefix,), 1.0 / num_prefix), scale, causal)
+        return _weighted_rows(q, k, rows, _equal_weights(rows, 1.0), scale, causal)
     if num_sampled_queries is None or num_sampled_queries >= n:
         # All rows: in chunks, recomputed in the backward pass.
         received = attention_received(q, k, causal=causal, scale=scale, check_finite=False)
         if not with_prefix:
             return received
-        return 0.5 * received + _weighted_rows(q, k, prefix, torch.full((num_prefix,), 0.5 / num_prefix), scale, causal)
-    rows = sampled_positions(n, num_sampled_queries, generator, q.device)
-    weights = torch.full((num_sampled_queries,), 1.0 / num_sampled_queries)
-    if with_prefix:
-        rows = torch.cat((prefix, rows))
-        weights = torch.cat((torch.full((num_prefix,), 0.5 / num_prefix), 0.5 * weights))
-    return _weighted_rows(q, k, rows, weights, scale, causal)
+        return 0.5 * received + _weighted_rows(q, k, rows, _equal_weights(rows, 0.5), scale, causal)
+    sampled = sampled_positions(n, num_sampled_queries, generator, q.device)
+    if not with_prefix:
+        return _weighted_rows(q, k, sampled, _equal_weights(sampled, 1.0), scale, causal)
+    weights = torch.cat((_equal_weights(rows, 0.5), _equal_weights(sampled, 0.5)))
+    return _weighted_rows(q, k, torch.cat((rows, sampled)), weights, scale, causal)
+
+
+def _equal_weights(rows: Tensor, total: float) -> Tensor:
+    return torch.full(rows.shape, total / len(rows), dtype=torch.float64, device=rows.device)
 
 
 def _uses_prefix(score: str, num_prefix: int, causal: bool) -> bool:
@@ -179,7 +182,7 @@ def _weighted_rows(q: Tensor, k: Tensor, rows: Tensor, weights: Tensor, scale: f
         if causal:
             hidden = torch.arange(m, device=q.device) > (rows + (m - n))[:, None]
             logits = logits.masked_fill(hidden, torch.finfo(dtype).min)
-        weights = weights.to(device=q.device, dtype=dtype).expand(batch, heads, 1, -1)
+        weights = weights.to(dtype).expand(batch, heads, 1, -1)
         return (weights @ torch.softmax(logits, dim=-1)).squeeze(-2)
 
 
