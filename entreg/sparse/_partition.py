@@ -7,7 +7,7 @@ from torch import Tensor
 
 from entreg.errors import InputError
 
-_CANDIDATES_PER_PART = 4
+_CANDIDATES_PER_PART = 8
 _ITERATIONS = 2
 
 
@@ -15,7 +15,7 @@ _ITERATIONS = 2
 def token_parts(points: Tensor, num_parts: int, *, num_prefix: int = 0) -> Tensor:
     """Partition the tokens of each batch element by k-means, without randomness (our choice; the paper gives no rule).
 
-    Centres start at a farthest-first selection among evenly spaced tokens, four per part, and move twice to the mean
+    Centres start at a farthest-first selection among evenly spaced tokens, eight per part, and move twice to the mean
     of their part: O(n x num_parts x c) in all, no n x n distances. Parts are numbered along a chain in which each next
     centre is the nearest one not yet visited, so that neighbouring numbers mean similar tokens.
 
