@@ -38,11 +38,15 @@ def _seed_everything(value: int) -> None:
 
 
 @contextlib.contextmanager
-def kept_random_state() -> Iterator[None]:
-    """Leaves the random states of Python, numpy and torch (of all CUDA devices, too) as they were."""
+def kept_random_state(*, cuda: bool = False) -> Iterator[None]:
+    """Leaves the random states of Python, numpy and torch as they were.
+
+    Args:
+        cuda: those of all CUDA devices, too; not in a process that loads data, which must not touch them.
+    """
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda else ()):
             yield
     finally:
         random.setstate(states[0])
@@ -215,7 +219,7 @@ class Mixing:
                 "mixup and cutmix need one label per image and an even number of images in every part of a batch, "
                 f"got labels of shape {tuple(labels.shape)}"
             )
-        # Labels are mixed in single precision whatever the images are; the draw itself is numpy's.
+        # timm draws from numpy's global state.
         np.random.seed(_draw(self.seed, _MIXING, step) % 2**32)  # noqa: NPY002
         images, labels = self._mix(images, labels)
         return {**batch, "images": images, "labels": labels}

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from entreg.atomic import folder_atomic
-from entreg.errors import AssetError, InputError, OutputError
+from entreg.errors import AssetError, ConfigError, InputError, OutputError
 
 MODEL, AVERAGED, TRAINING, STATE = "model.safetensors", "averaged.safetensors", "training.safetensors", "state.json"
 _FORMAT = 1
@@ -47,6 +47,11 @@ class Checkpoint:
     model: dict[str, Tensor]
     averaged: dict[str, Tensor] | None
     state: dict[str, Any]
+
+
+def checkpoint_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of a number of finished steps is."""
+    return root / f"step-{step:08d}"
 
 
 def save_checkpoint(
@@ -80,7 +85,7 @@ def save_checkpoint(
     files = {MODEL: model, TRAINING: tensors}
     if averaged is not None:
         files[AVERAGED] = averaged
-    target = root / f"step-{step:08d}"
+    target = checkpoint_folder(root, step)
     with folder_atomic(target) as folder:
         for name, content in files.items():
             try:
@@ -124,13 +129,17 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         AssetError: a file is missing or damaged.
+        ConfigError: another version of this code wrote it.
     """
     try:
         content = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if not isinstance(content, dict) or content.pop("checksum", None) != _own_checksum(content):
             raise ValueError(f"{STATE} was changed")
         if content["format"] != _FORMAT:
-            raise ValueError(f"its format is {content['format']}, this version reads {_FORMAT}")
+            raise ConfigError(
+                f"Checkpoint {folder} has format {content['format']}, this version reads {_FORMAT}; choose another "
+                "folder, or start again with resume=null."
+            )
         for name, checksum in content["files"].items():
             if _checksum(folder / name) != checksum:
                 raise ValueError(f"{name} was changed")
@@ -143,10 +152,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, content["step"], tensors[MODEL], tensors.get(AVERAGED), state)
 
 
-def remove_checkpoints(root: Path) -> None:
-    """Remove all checkpoints of a run."""
+def remove_checkpoints(root: Path, after: int) -> None:
+    """Remove the checkpoints of a run after a step; -1 for all."""
     for folder in _folders(root):
-        shutil.rmtree(folder, ignore_errors=True)
+        if _step(folder) > after:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_model_weights(model: nn.Module, source: str | Path) -> None:
@@ -197,8 +207,11 @@ def _folders(root: Path) -> list[Path]:
     """Folders of checkpoints, newest first."""
     if not root.is_dir():
         return []
-    named = [(int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(named, reverse=True)]
+    return sorted((path for path in root.iterdir() if _NAME.fullmatch(path.name)), key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(_NAME.fullmatch(folder.name)[1])
 
 
 def _checksum(path: Path) -> str:

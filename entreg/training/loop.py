@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from entreg.atomic import require_writable
-from entreg.compat import ensure_torchvision
 from entreg.errors import ConfigError, InputError, TrainingError
 from entreg.training.batches import (
     Mixing,
@@ -35,14 +34,14 @@ from entreg.training.batches import (
 )
 from entreg.training.checkpoints import (
     Checkpoint,
+    checkpoint_folder,
     latest_checkpoint,
     read_checkpoint,
     remove_checkpoints,
-    save_checkpoint,
-    weights_difference,
 )
 from entreg.training.progress import LossMeter, MetricsLog
 from entreg.training.settings import TrainingSettings, training_settings_from_mapping
+from entreg.training.state import TrainingState
 
 __all__ = ["TrainingResult", "TrainingSettings", "train", "training_settings_from_mapping"]
 
@@ -55,10 +54,10 @@ class TrainingResult:
 
     Attributes:
         steps: finished steps, those of earlier sessions included.
-        seconds: wall-clock seconds of these steps, checkpoints and evaluations included.
-        history: rows of the log, oldest first: ``step`` (finished steps), ``loss`` and the objective's parts (means
-            since the row before), ``gradient_norm`` before clipping, ``learning_rate``, ``seconds`` and, where the
-            model was evaluated, ``evaluation/<name>``.
+        seconds: wall-clock seconds of these steps, evaluations and all checkpoints but the final one included.
+        history: rows of the log, oldest first: ``step`` (finished steps); ``loss``, the objective's parts and
+            ``gradient_norm`` before clipping (means since the row before); ``learning_rate``, ``seconds`` and, where
+            the model was evaluated, ``evaluation/<name>``. Empty in all processes but the first.
         directory: of the run: ``metrics.jsonl`` and ``checkpoints/``.
         checkpoint: folder of the final checkpoint.
     """
@@ -106,7 +105,7 @@ def train(
             evaluation mode; called by all processes.
         augment: see :class:`entreg.training.batches.PositionedDataset`.
         configuration: plain values, besides the settings, without which a run must not be resumed.
-        device: ``auto`` (an accelerator if there is one) or ``cpu``.
+        device: ``auto`` (an accelerator if there is one), ``cpu`` or ``cuda``.
 
     Returns:
         What was trained and where it lies.
@@ -120,367 +119,230 @@ def train(
     """
     if resume not in ("auto", None):
         raise ConfigError(f"resume must be auto or null, got '{resume}'")
-    if device not in ("auto", "cpu"):
-        raise ConfigError(f"the device of training must be auto or cpu, got '{device}'")
+    if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ConfigError(f"the device of training must be auto, cpu or, where torch sees one, cuda, got '{device}'")
     if settings.steps == 0:
         raise ConfigError("training needs at least one step, got steps: 0")
-    with kept_random_state():
-        run = _Run(model, objective, dataset, settings, Path(directory), extra_parameters, augment, device)
-        run.evaluate = evaluate
-        run.identity = run.describe(configuration)
-        try:
-            run.start(resume)
+    checkpointing = settings.gradient_checkpointing and _switch_checkpointing_on(model)
+    try:
+        with kept_random_state(cuda=True):
+            data = PositionedDataset(dataset, settings.seed, augment)
+            run = _Run(model, objective, data, settings, Path(directory), extra_parameters, evaluate, device)
+            identity = {
+                "settings": settings.deciding(),
+                "data": {"items": len(data)},
+                "configuration": {} if configuration is None else dict(configuration),
+            }
+            run.start(resume, identity)
             return run.finish()
-        finally:
-            run.stop()
+    finally:
+        if checkpointing:
+            model.set_grad_checkpointing(False)
 
 
 class _Run:
-    """One run in one process: what its steps share."""
+    """One run in one process: the state and everything around it that stays the same."""
 
     def __init__(
         self,
         model: nn.Module,
         objective: Objective,
-        dataset: Any,
+        data: PositionedDataset,
         settings: TrainingSettings,
         directory: Path,
         extra_parameters: Iterable[nn.Parameter],
-        augment: Callable[[Tensor], Tensor] | None,
+        evaluate: Callable[[nn.Module, int], Mapping[str, float]] | None,
         device: str,
     ) -> None:
-        self.settings, self.directory, self.objective, self.model = settings, directory, objective, model
-        self.data = PositionedDataset(dataset, settings.seed, augment)
+        self.objective, self.data, self.settings = objective, data, settings
+        self.directory, self.evaluate = directory, evaluate
         # Autocast is entered around the whole objective, so accelerate must not wrap the model for it.
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
         processes = self.accelerator.num_processes
-        self.parts = processes * settings.gradient_accumulation
-        if settings.batch_size % self.parts:
-            raise ConfigError(
-                f"batch_size {settings.batch_size} must be a multiple of processes x gradient_accumulation, "
-                f"{processes} x {settings.gradient_accumulation}"
-            )
-        if settings.mixes and settings.batch_size // self.parts % 2:
-            raise ConfigError(
-                f"mixup and cutmix need an even number of images in every part of a batch, got {settings.batch_size} "
-                f"in {self.parts} parts"
-            )
+        self.num_parts = settings.parts(processes)
+        first = self.accelerator.process_index * settings.gradient_accumulation
+        self.parts = range(first, first + settings.gradient_accumulation)
+        alone_on_cpu = processes == 1 and self.accelerator.device.type == "cpu"
+        self.meter = LossMeter(self.accelerator, 1 if alone_on_cpu else settings.log_every)
         model.to(self.accelerator.device)
-        own = {id(parameter) for parameter in model.parameters()}
-        extra = [parameter for parameter in extra_parameters if id(parameter) not in own]
-        for parameter in extra:
-            parameter.data = parameter.data.to(self.accelerator.device)
-        # One module for all weights: for averaging, and for checkpoints.
-        self.weights = nn.ModuleDict({"model": model, "extra": nn.ParameterList(extra)})
-        self.extra = extra
-        self.trained = [parameter for parameter in self.weights.parameters() if parameter.requires_grad]
-        self.checkpointing = _gradient_checkpointing(model, settings.gradient_checkpointing)
-        self.optimizer, self.scheduler = _optimizer(model, extra, settings)
-        self.averaged = _averaged(self.weights, settings)
+        self.state = TrainingState(model, extra_parameters, objective, settings, self.meter)
         self.mixing = None
         if settings.mixes:
             self.mixing = Mixing(
                 settings.mixup, settings.cutmix, settings.mixing_probability, settings.num_classes, settings.seed
             )
-        alone_on_cpu = processes == 1 and self.accelerator.device.type == "cpu"
-        self.meter = LossMeter(self.accelerator, 1 if alone_on_cpu else settings.log_every)
-        self.done, self.seconds = 0, 0.0
+        self.checkpoints = directory / "checkpoints"
         self.last_good: Path | None = None
+        self.began = 0.0
         self.log: MetricsLog | None = None
-        self.evaluate: Callable[[nn.Module, int], Mapping[str, float]] | None = None
-        self.identity: dict[str, Any] = {}
+        self.identity: Mapping[str, Any] = {}
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.directory / "checkpoints"
-
-    def describe(self, configuration: Mapping[str, Any] | None) -> dict[str, Any]:
-        """What must be the same when the run is resumed."""
-        return {
-            "settings": self.settings.deciding(),
-            "data": {"items": len(self.data)},
-            "configuration": {} if configuration is None else dict(configuration),
-        }
-
-    def start(self, resume: str | None) -> None:
+    def start(self, resume: str | None, identity: Mapping[str, Any]) -> None:
         """Restore the newest checkpoint, or clear the directory."""
+        self.identity = identity
         main = self.accelerator.is_main_process
         if main:
             require_writable(self.directory)
-        found = self._agreed_checkpoint() if resume == "auto" else None
+        found = self._newest_checkpoint() if resume == "auto" else None
         if found is not None:
-            self._restore(found)
+            self.state.restore(found, identity)
+            self.last_good = found.path
         if main:
-            if found is None:
-                remove_checkpoints(self.checkpoints)
-            self.log = MetricsLog(self.directory / "metrics.jsonl", self.done)
+            # What lies after the step that the run goes on from is damaged, or of a run that is to start again.
+            remove_checkpoints(self.checkpoints, after=self.state.done if found is not None else -1)
+            self.log = MetricsLog(self.directory / "metrics.jsonl", self.state.done)
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> TrainingResult:
         """Take the steps that are left."""
-        settings = self.settings
-        if self.done < settings.steps:
+        if self.state.done < self.settings.steps:
             self._train()
-        if self.averaged is not None:
-            self.weights.load_state_dict(self.averaged.module.state_dict())
-        self.model.eval()
-        history = self.log.rows if self.log is not None else []
-        return TrainingResult(self.done, self.seconds, history, self.directory, self.last_good)
-
-    def stop(self) -> None:
-        """Leave the model as it was, but for its weights."""
-        if self.checkpointing is not None:
-            self.model.set_grad_checkpointing(self.checkpointing)
+        self.state.use_average()
+        self.state.model.eval()
+        rows = self.log.rows if self.log is not None else []
+        return TrainingResult(self.state.done, self.state.seconds, rows, self.directory, self.last_good)
 
     def _train(self) -> None:
-        settings, accelerator = self.settings, self.accelerator
-        accumulation, first = settings.gradient_accumulation, accelerator.process_index * settings.gradient_accumulation
-        mine = range(first, first + accumulation)
+        state, settings, accelerator = self.state, self.settings, self.accelerator
         positions = Positions(
             len(self.data),
             settings.batch_size,
             settings.seed,
-            range(self.done, settings.steps),
-            self.parts,
-            mine,
+            range(state.done, settings.steps),
+            parts=self.num_parts,
+            mine=self.parts,
         )
         on_gpu = accelerator.device.type == "cuda"
         batches = iter(batch_loader(self.data, positions, num_workers=settings.num_workers, pin=on_gpu))
-        model = accelerator.prepare_model(self.model) if accelerator.num_processes > 1 else self.model
-        self.model.train()
-        bar = tqdm(
+        model = accelerator.prepare_model(state.model) if accelerator.num_processes > 1 else state.model
+        state.model.train()
+        self.began = time.perf_counter() - state.seconds
+        with tqdm(
             total=settings.steps,
-            initial=self.done,
+            initial=state.done,
             desc=self.directory.name[:40],
             unit="step",
             mininterval=1.0,
-            # The bar is always there; only one process draws it.
+            # One process draws it for all.
             disable=not accelerator.is_main_process,
-        )
-        with bar:
-            began = time.perf_counter() - self.seconds
-            for step in range(self.done, settings.steps):
-                self._step(model, batches, step, mine)
-                self.done = step + 1
-                self.seconds = time.perf_counter() - began
-                self._write(bar)
-                self.seconds = time.perf_counter() - began
+        ) as bar:
+            for step in range(state.done, settings.steps):
+                try:
+                    self._step(model, batches, step)
+                except TrainingError as error:
+                    kept = f"the last good checkpoint is {self.last_good}" if self.last_good else "no checkpoint yet"
+                    raise TrainingError(f"Training stopped: {error}; {kept}.") from error
+                self._report(bar)
+                state.seconds = time.perf_counter() - self.began
+                if self._due(settings.checkpoint_every, state.done):
+                    self._save()
                 bar.update()
 
-    def _step(self, model: nn.Module, batches: Iterable[Mapping[str, Any]], step: int, mine: range) -> None:
-        self.scheduler.step_update(step)
-        losses, parts = [], []
-        for part in mine:
-            batch = _moved(next(batches), self.accelerator.device)
-            if self.mixing is not None:
-                batch = self.mixing(batch, step)
-            seed_forward(self.settings.seed, step, part)
-            last = part == mine[-1]
-            # Gradients of several processes are added up once, after the last part.
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                try:
-                    with self._autocast():
-                        loss, numbers = self.objective(model, batch, step)
-                except InputError as error:
-                    raise self._stopped(f"{error}, in step {step} (the first is 0)") from error
-                (loss / len(mine)).backward()
+    def _step(self, model: nn.Module, batches: Iterator[Mapping[str, Any]], step: int) -> None:
+        state, settings = self.state, self.settings
+        state.begin_step(step)
+        losses, numbers = [], []
+        for part in self.parts:
+            with self._gradients_stay_here(model, part):
+                loss, named = self._loss(model, next(batches), step, part)
+                (loss / len(self.parts)).backward()
             losses.append(loss)
-            parts.append(numbers)
+            numbers.append(named)
         if self.accelerator.num_processes > 1:
-            for parameter in self.extra:
+            for parameter in state.extra:
                 if parameter.grad is not None:
                     parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
-        norm = get_total_norm([parameter.grad for parameter in self.trained if parameter.grad is not None])
+        norm = get_total_norm([parameter.grad for parameter in state.trained if parameter.grad is not None])
+        self.meter.add(step, losses, numbers, norm)
+        # Whatever reports or saves this step must know that it was good.
+        if any(
+            self._due(one, step + 1) for one in (settings.log_every, self._evaluate_every, settings.checkpoint_every)
+        ):
+            self.meter.read()
+        if settings.clip_norm is not None:
+            clip_grads_with_norm_(state.trained, settings.clip_norm, norm)
+        state.end_step()
+
+    def _loss(
+        self, model: nn.Module, batch: Mapping[str, Any], step: int, part: int
+    ) -> tuple[Tensor, Mapping[str, Any]]:
+        device = self.accelerator.device
+        batch = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
+        if self.mixing is not None:
+            batch = self.mixing(batch, step)
+        seed_forward(self.settings.seed, step, part)
+        in_bfloat16 = self.settings.precision == "bfloat16"
         try:
-            self.meter.add(step, losses, parts, norm)
-            if self._due(step + 1):
-                self.meter.read()
-        except TrainingError as error:
-            raise self._stopped(str(error)) from error
-        if self.settings.clip_norm is not None:
-            clip_grads_with_norm_(self.trained, self.settings.clip_norm, norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.averaged is not None:
-            self.averaged.update(self.weights, step=step + 1)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=in_bfloat16):
+                return self.objective(model, batch, step)
+        except InputError as error:
+            # What the objective is made of refuses values that are not finite with a sentence of its own.
+            raise TrainingError(f"{str(error).rstrip('.')}, in step {step} (the first is 0)") from error
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.settings.precision == "float32":
+    def _gradients_stay_here(self, model: nn.Module, part: int) -> contextlib.AbstractContextManager[Any]:
+        """Gradients of several processes are added up once per step, after the last part."""
+        if self.accelerator.num_processes == 1 or part == self.parts[-1]:
             return contextlib.nullcontext()
-        return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16)
+        return self.accelerator.no_sync(model)
 
-    def _stopped(self, reason: str) -> TrainingError:
-        kept = "there is no checkpoint yet"
-        if self.last_good is not None:
-            kept = f"the last good checkpoint is {self.last_good}"
-        return TrainingError(f"Training stopped: {reason}; {kept}.")
+    @property
+    def _evaluate_every(self) -> int | None:
+        # Without an evaluation, nothing but the end is due.
+        return None if self.evaluate is None else self.settings.evaluate_every
 
-    def _due(self, done: int, every: int | None = 1) -> bool:
-        """Whether anything that needs checked numbers, or what comes ``every`` so many steps, is due now."""
-        settings = self.settings
-        if every == 1:
-            return any(self._due(done, one or 0) for one in (settings.checkpoint_every, settings.log_every))
-        return done == settings.steps or (bool(every) and done % every == 0)
+    def _due(self, every: int | None, done: int) -> bool:
+        return done == self.settings.steps or (every is not None and done % every == 0)
 
-    def _write(self, bar: Any) -> None:
-        """After a step: the log, the evaluation and the checkpoint that are due."""
-        settings = self.settings
-        evaluated = {}
-        if self.evaluate is not None and self._due(self.done, settings.evaluate_every):
+    def _report(self, bar: tqdm) -> None:
+        """After a step: the row of the log and the evaluation, where they are due."""
+        state, settings = self.state, self.settings
+        evaluated: dict[str, float] = {}
+        if self.evaluate is not None and self._due(settings.evaluate_every, state.done):
             evaluated = self._evaluated()
-        if evaluated or self._due(self.done, settings.log_every):
-            row = {"step": self.done, **self.meter.means(), "learning_rate": self.optimizer.param_groups[0]["lr"]}
-            row |= {"seconds": self.seconds, **evaluated}
-            if self.log is not None:
-                self.log.append(row)
-                bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
-        if self._due(self.done, settings.checkpoint_every):
-            self._save()
+        elif not self._due(settings.log_every, state.done):
+            return
+        row = {"step": state.done, **self.meter.means(), "learning_rate": state.learning_rate}
+        if self.log is not None:
+            self.log.append({**row, "seconds": time.perf_counter() - self.began, **evaluated})
+            bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
 
     def _evaluated(self) -> dict[str, float]:
-        model = self.model if self.averaged is None else self.averaged.module["model"]
+        model = self.state.best_model
         modes = {module: module.training for module in model.modules()}
         model.eval()
-        try:
-            with kept_random_state(), torch.no_grad():
-                numbers = self.evaluate(model, self.done)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with torch.no_grad():
+            numbers = self.evaluate(model, self.state.done)
+        for module, mode in modes.items():
+            module.training = mode
         return {f"evaluation/{name}": float(value) for name, value in numbers.items()}
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
-            weights = self.weights.state_dict()
-            state = {
-                "identity": self.identity,
-                "optimizer": self.optimizer.state_dict(),
-                "extra": [parameter.detach() for parameter in self.extra],
-                "meter": self.meter.state_dict(),
-                "seconds": self.seconds,
-                "objective": self.objective.state_dict() if hasattr(self.objective, "state_dict") else None,
-                "averaged": None if self.averaged is None else self.averaged.module.state_dict(),
-            }
-            averaged = None if self.averaged is None else _of_model(state["averaged"])
-            self.last_good = save_checkpoint(
-                self.checkpoints,
-                self.done,
-                _of_model(weights),
-                state,
-                averaged=averaged,
-                keep=self.settings.keep_checkpoints,
-            )
+            self.state.save(self.checkpoints, self.identity, self.settings.keep_checkpoints)
         self.accelerator.wait_for_everyone()
+        self.last_good = checkpoint_folder(self.checkpoints, self.state.done)
 
-    def _agreed_checkpoint(self) -> Checkpoint | None:
-        """The checkpoint that the first process would go on from, read by all."""
+    def _kept(self) -> str:
+        return (
+            "there is no checkpoint yet" if self.last_good is None else f"the last good checkpoint is {self.last_good}"
+        )
+
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        """The newest undamaged checkpoint, chosen by the first process for all."""
         found = latest_checkpoint(self.checkpoints) if self.accelerator.is_main_process else None
         if self.accelerator.num_processes == 1:
             return found
         path = broadcast_object_list([None if found is None else str(found.path)])[0]
-        if path is None or found is not None:
-            return found
-        return read_checkpoint(Path(path))
-
-    def _restore(self, found: Checkpoint) -> None:
-        differences = _differences(found.state["identity"], self.identity)
-        if differences:
-            raise ConfigError(
-                f"the checkpoint {found.path} is of another run ({differences[0]}); choose another folder, or start "
-                "again with resume=null"
-            )
-        reason = weights_difference(self.model, found.model)
-        if reason:
-            raise ConfigError(f"the checkpoint {found.path} is of another model: {reason}")
-        self.model.load_state_dict(found.model)
-        with torch.no_grad():
-            for parameter, value in zip(self.extra, found.state["extra"], strict=True):
-                parameter.copy_(value)
-        self.optimizer.load_state_dict(found.state["optimizer"])
-        if self.averaged is not None:
-            self.averaged.module.load_state_dict(found.state["averaged"])
-        if hasattr(self.objective, "load_state_dict") and found.state["objective"] is not None:
-            self.objective.load_state_dict(found.state["objective"])
-        self.meter.load_state_dict(found.state["meter"])
-        self.done, self.seconds, self.last_good = found.step, found.state["seconds"], found.path
+        return read_checkpoint(Path(path)) if found is None and path is not None else found
 
 
-def _of_model(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
-
-
-def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
-    """Where two nested configurations differ, in words."""
-    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
-        keys = [*wanted, *(key for key in found if key not in wanted)]
-        return [text for key in keys for text in _differences(found.get(key), wanted.get(key), f"{name}.{key}")]
-    if isinstance(found, list | tuple) and isinstance(wanted, list | tuple):
-        found, wanted = list(found), list(wanted)
-    return [] if found == wanted else [f"{name.removeprefix('.')} was {found!r} and is now {wanted!r}"]
-
-
-def _moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }
-
-
-def _gradient_checkpointing(model: nn.Module, wanted: bool) -> Any:
-    """Switches it on where it is wanted; what :meth:`set_grad_checkpointing` must be given to undo that, or None."""
-    if not wanted:
-        return None
+def _switch_checkpointing_on(model: nn.Module) -> bool:
+    """Whether gradient checkpointing was off before."""
     if not hasattr(model, "set_grad_checkpointing"):
         raise ConfigError(f"{type(model).__name__} has no gradient checkpointing; set gradient_checkpointing: false")
+    before = getattr(model, "grad_checkpointing", False)
     model.set_grad_checkpointing(True)
-    return False
-
-
-def _optimizer(model: nn.Module, extra: list[nn.Parameter], settings: TrainingSettings) -> tuple[Any, Any]:
-    """timm's optimiser and schedule; extra parameters are a group without weight decay."""
-    ensure_torchvision()
-    from timm.optim import create_optimizer_v2, list_optimizers
-    from timm.scheduler import create_scheduler_v2
-
-    if settings.optimizer not in list_optimizers():
-        raise ConfigError(
-            f"there is no optimizer '{settings.optimizer}'; timm has adamw, sgd, lamb, muon and those that "
-            "timm.optim.list_optimizers() names"
-        )
-    optimizer = create_optimizer_v2(
-        model,
-        opt=settings.optimizer,
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        layer_decay=settings.layer_decay,
-    )
-    if extra:
-        optimizer.add_param_group({"params": extra, "weight_decay": 0.0})
-    constant = settings.schedule == "constant"
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        # A step schedule that never steps: timm's name for a warm-up and then nothing.
-        sched="step" if constant else {"cosine": "cosine", "linear": "poly"}[settings.schedule],
-        num_epochs=settings.steps,
-        decay_epochs=settings.steps + 1,
-        warmup_epochs=settings.warmup_steps,
-        warmup_lr=settings.learning_rate / (settings.warmup_steps + 1),
-        warmup_prefix=False,
-        min_lr=settings.final_learning_rate,
-        cooldown_epochs=0,
-        decay_rate=1.0,
-        k_decay=1.0,
-        step_on_epochs=False,
-        updates_per_epoch=1,
-    )
-    if settings.schedule == "linear":
-        scheduler.power = 1.0
-    return optimizer, scheduler
-
-
-def _averaged(weights: nn.Module, settings: TrainingSettings) -> Any:
-    if settings.ema_decay is None:
-        return None
-    from timm.utils import ModelEmaV3
-
-    return ModelEmaV3(weights, decay=settings.ema_decay, use_warmup=True)
+    return not before

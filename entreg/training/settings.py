@@ -93,18 +93,33 @@ class TrainingSettings:
             raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got '{self.precision}'")
         if self.steps and self.warmup_steps >= self.steps:
             raise ConfigError(f"warmup_steps must be fewer than steps, got {self.warmup_steps} and {self.steps}")
-        if self.batch_size % self.gradient_accumulation:
-            raise ConfigError(
-                f"batch_size must be a multiple of gradient_accumulation, got {self.batch_size} and "
-                f"{self.gradient_accumulation}"
-            )
         if self.mixes and (self.num_classes is None or self.num_classes < 2):
             raise ConfigError(f"mixup and cutmix need num_classes of at least 2, got {self.num_classes}")
+        self.parts(processes=1)
 
     @property
     def mixes(self) -> bool:
         """Whether batches are mixed."""
         return (self.mixup > 0 or self.cutmix > 0) and self.mixing_probability > 0
+
+    def parts(self, processes: int) -> int:
+        """Into how many parts the processes split a batch.
+
+        Raises:
+            ConfigError: it cannot be split so, or mixing would not find pairs in every part.
+        """
+        parts = processes * self.gradient_accumulation
+        if self.batch_size % parts:
+            raise ConfigError(
+                f"batch_size {self.batch_size} must be a multiple of processes x gradient_accumulation, {processes} x "
+                f"{self.gradient_accumulation}"
+            )
+        if self.mixes and self.batch_size // parts % 2:
+            raise ConfigError(
+                "mixup and cutmix need an even number of images in every part of a batch, got "
+                f"{self.batch_size} in {parts} parts"
+            )
+        return parts
 
     def deciding(self) -> dict[str, Any]:
         """The settings that the trained weights depend on: a run is resumed only with these unchanged."""
