@@ -67,7 +67,8 @@ def evaluate_everything(
         datasets: the splits to evaluate by name.
         config: the resolved ``evaluation`` part of ``configs/train.yaml``.
         data: the resolved ``data`` part, for corrupted versions of it.
-        gate: of a model trained with one; plans with ``score: gate`` are left out without it.
+        gate: of a model trained with one; plans with ``score: gate`` are left out without
+            its part for their layer.
 
     Returns:
         metrics (the mean corruption errors, if any) and one row per split and plan.
@@ -76,7 +77,7 @@ def evaluate_everything(
     for split in config["splits"]:
         rows.append(_accuracy_row(model, datasets[split], config, {"plan": "dense", **_NO_CHOICE}))
         for names, mapping in expand_plans(config["plans"]):
-            if names["score"] == "gate" and gate is None:
+            if names["score"] == "gate" and (gate is None or str(mapping["before_layer"]) not in gate):
                 continue
             rows.append(_accuracy_row(model, datasets[split], config, names, mapping, gate))
         if config["localisation"] is not None:
@@ -127,9 +128,9 @@ def _accuracy_row(
 
 
 def _localisation_rows(model: nn.Module, dataset: Any, config: Mapping[str, Any]) -> list[Row]:
-    """Overlap of the patches that each score ranks highest, in each layer of the dense model, with the masks."""
+    """Overlap of the patches that each score ranks highest with the masks, by layer and for the layers' mean score."""
     scores = config["localisation"]["scores"]
-    found: dict[tuple[str, int], list[Overlap]] = {}
+    found: dict[tuple[str, int | str], list[Overlap]] = {}
     captures = probe(model)
     generator = torch.Generator().manual_seed(0)
 
@@ -137,8 +138,9 @@ def _localisation_rows(model: nn.Module, dataset: Any, config: Mapping[str, Any]
         if "masks" not in batch:
             raise ConfigError("evaluation.localisation needs a data set with masks; set it to null, or data.masks")
         covered = patch_masks(batch["masks"], _grid(model), config["localisation"]["coverage"])
-        for capture in captures.captures:
-            for score in scores:
+        for score in scores:
+            by_layer = []
+            for capture in captures.captures:
                 ranked = selection_scores(
                     capture.queries,
                     capture.keys,
@@ -150,7 +152,10 @@ def _localisation_rows(model: nn.Module, dataset: Any, config: Mapping[str, Any]
                     features=capture.tokens,
                     generator=generator,
                 ).mean(1)[:, capture.num_prefix :]
-                found.setdefault((score, capture.layer), []).append(localise(ranked.cpu(), covered)["matched_area"])
+                by_layer.append(ranked.cpu() / ranked.sum(-1, keepdim=True).cpu())
+                found.setdefault((score, capture.layer), []).append(localise(by_layer[-1], covered)["matched_area"])
+            mean = torch.stack(by_layer).mean(0)
+            found.setdefault((score, "mean"), []).append(localise(mean, covered)["matched_area"])
 
     try:
         evaluate(model, dataset, observe=observe, **_loader(config))

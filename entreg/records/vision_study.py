@@ -50,7 +50,7 @@ class VisionStudy:
 
     def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
         newest: dict[tuple[str, int], Mapping[str, Any]] = {}
-        for record in sorted(records, key=lambda one: one["created"]):
+        for record in sorted(records, key=lambda one: one["utc"]):
             newest[record["config"]["method"], record["seed"]] = record
         self.records = newest
         self.methods = list(dict.fromkeys(method for method, _ in newest))
@@ -105,7 +105,7 @@ class VisionStudy:
         Returns:
             ``score``, ``layer``, and per seed ``iou`` and ``random`` on the test images; None without measurements.
         """
-        totals: dict[tuple[str, int], list[float]] = {}
+        totals: dict[tuple[str, int | str], list[float]] = {}
         for seed in self.seeds(method):
             for row in self.records[method, seed]["rows"]:
                 wanted = scores is None or row["score"] in scores
