@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.cluster import KMeans
 
 from entreg.errors import InputError
 from entreg.sparse import SparsityPlan, make_plan, score_entries
@@ -149,7 +150,7 @@ def test_causal_columns_count_what_each_key_is_seen_by():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("n", "m", "size"), [(13, 13, 4), (5, 13, 4), (1, 9, 4), (16, 16, 4), (3, 3, 8)])
+@pytest.mark.parametrize(("n", "m", "size"), [(13, 13, 4), (5, 13, 4), (5, 15, 4), (1, 10, 4), (16, 16, 4), (3, 3, 8)])
 def test_block_masks_by_loops(causal, n, m, size):
     generator = torch.Generator().manual_seed(0)
     offset = (m - n) % size if causal else 0
@@ -173,7 +174,7 @@ def test_block_masks_by_loops(causal, n, m, size):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 def test_pooled_scores_are_attention_between_block_means(causal, key_heads):
-    n, m, size = 10, 14, 4
+    n, m, size = 10, 15, 4
     q, k, _ = random_inputs(key_heads=key_heads, n=n, m=m)
     found = pooled_block_scores(q, k, size, scale=0.6, causal=causal, permutation=None)
     first, offset = ((m - n) // size, (m - n) % size) if causal else (0, 0)
@@ -231,6 +232,16 @@ def test_parts_recover_separated_clusters_in_the_order_of_a_line(num_prefix):
         # The chain starts at an end of the line, the point farthest from the rest, and follows it.
         chain = [int(number) for number in numbers]
         assert chain in ([1, 2, 3, 4, 5], [5, 4, 3, 2, 1])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_parts_are_as_tight_as_those_of_k_means(seed):
+    generator = torch.Generator().manual_seed(seed)
+    centers = 2.0 * torch.randn(8, 32, generator=generator)
+    points = centers[torch.randint(8, (196,), generator=generator)] + 1.5 * torch.randn(196, 32, generator=generator)
+    parts = token_parts(points[None], 8)[0]
+    found = sum(float((points[parts == p] - points[parts == p].mean(0)).square().sum()) for p in parts.unique())
+    assert found <= 1.001 * KMeans(8, n_init=10, random_state=0).fit(points.numpy()).inertia_
 
 
 def test_more_parts_than_tokens_and_equal_tokens():
