@@ -7,7 +7,7 @@ import tempfile
 
 import pytest
 
-from entreg.atomic import require_writable, write_bytes_atomic, write_text_atomic
+from entreg.atomic import folder_atomic, require_writable, write_bytes_atomic, write_text_atomic
 from entreg.errors import OutputError
 
 
@@ -131,3 +131,31 @@ def test_a_read_only_folder(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="no permission to write in"):
         write_text_atomic(tmp_path / "x", "text")
     assert listing(tmp_path) == []
+
+
+def test_folder_appears_only_when_it_is_complete(tmp_path):
+    target = tmp_path / "deep" / "folder"
+    with folder_atomic(target) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+    assert (target / "a").read_text() == "1"
+    with folder_atomic(target) as folder:
+        (folder / "b").write_text("2")
+        assert [path.name for path in target.iterdir()] == ["a"]
+    assert [path.name for path in target.iterdir()] == ["b"]
+    assert [path.name for path in target.parent.iterdir()] == ["folder"]
+
+
+def test_failure_leaves_the_folder_as_it_was(tmp_path):
+    target = tmp_path / "folder"
+    with folder_atomic(target) as folder:
+        (folder / "a").write_text("1")
+    with pytest.raises(KeyboardInterrupt), folder_atomic(target):
+        raise KeyboardInterrupt
+    with pytest.raises(OutputError, match="the disk is full"), folder_atomic(target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert (target / "a").read_text() == "1"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="a file stands"), folder_atomic(tmp_path / "file" / "folder"):
+        pass

@@ -102,15 +102,15 @@ class LossMeter:
 
 
 def _require_finite(step: int, values: Mapping[str, float]) -> None:
-    if math.isfinite(values[_LOSS]) and math.isfinite(values[_GRADIENT]):
-        return
-    parts = [name for name, value in values.items() if name not in (_LOSS, _GRADIENT) and not math.isfinite(value)]
-    if parts:
-        what, value = f"the term '{parts[0]}'", values[parts[0]]
-    elif not math.isfinite(values[_LOSS]):
-        what, value = "the loss", values[_LOSS]
-    else:
+    """Only what the weights depend on must be finite; other numbers are looked at to name the term at fault."""
+    if not math.isfinite(values[_LOSS]):
+        parts = (name for name, value in values.items() if name not in (_LOSS, _GRADIENT) and not math.isfinite(value))
+        name = next(parts, None)
+        what, value = ("the loss", values[_LOSS]) if name is None else (f"the term '{name}'", values[name])
+    elif not math.isfinite(values[_GRADIENT]):
         what, value = "the norm of the gradient", values[_GRADIENT]
+    else:
+        return
     raise TrainingError(f"{what} is {value} in step {step} (the first is 0)")
 
 

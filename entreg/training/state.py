@@ -62,6 +62,8 @@ class TrainingState:
         if not self.trained:
             raise ConfigError("nothing is to be trained: no parameter of the model requires a gradient")
         self.optimizer, self._scheduler = _optimizer(model, self.extra, settings)
+        # Gradients that the caller or a run that stopped has left must not be added to.
+        self.optimizer.zero_grad(set_to_none=True)
         self.averaged = None
         if settings.ema_decay is not None:
             from timm.utils import ModelEmaV3
