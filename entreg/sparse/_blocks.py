@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from entreg.sparse._counting import num_blocks, query_offset
+from entreg.sparse._rows import rows_of_tokens
 
 
 def permuted(x: Tensor, permutation: Tensor | None) -> Tensor:
     """(batch, heads, n, d) with the tokens in the order of a (batch, n) permutation."""
-    if permutation is None:
-        return x
-    index = permutation[:, None, :, None]
-    return torch.take_along_dim(x, index, dim=2)
+    return x if permutation is None else rows_of_tokens(x, permutation)
 
 
 def pooled_block_scores(

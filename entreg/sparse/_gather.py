@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from entreg.sparse._rows import rows_of_heads, rows_of_tokens
 from entreg.sparse.plan import SparsityPlan
 
 
@@ -42,7 +43,7 @@ class Gathered:
         batch, share, width = len(out), self.heads // self.key_heads, out.shape[-1]
         out = out.reshape(batch, self.key_heads, -1, share, out.shape[2] // share, width)
         out = out.transpose(2, 3).reshape(batch, self.heads, -1, width)
-        return out if self.places is None else _rows_at(out, self.places)
+        return out if self.places is None else rows_of_tokens(out, self.places)
 
 
 def gather(q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, key_bias: Tensor | None) -> Gathered:
@@ -57,7 +58,7 @@ def gather(q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, key_bias: Tensor
     else:
         index, valid = _keys_of_blocks(plan)
         rows, places = _rows_of_blocks(plan, q.device)
-        grouped = _rows_at(q, rows).reshape(batch, key_heads, share, plan.query_blocks, -1, width)
+        grouped = rows_of_tokens(q, rows).reshape(batch, key_heads, share, plan.query_blocks, -1, width)
         grouped = grouped.transpose(2, 3).reshape(batch, key_heads * plan.query_blocks, -1, width)
     mask = _mask(plan, index, valid, rows, share, key_bias, q.dtype)
     if mask is not None:
@@ -65,29 +66,13 @@ def gather(q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, key_bias: Tensor
     flat = index.flatten(2)
     return Gathered(
         q=grouped,
-        k=_keys_at(k, flat).reshape(batch, grouped.shape[1], -1, width),
-        v=_keys_at(v, flat).reshape(batch, grouped.shape[1], -1, v.shape[-1]),
+        k=rows_of_heads(k, flat).reshape(batch, grouped.shape[1], -1, width),
+        v=rows_of_heads(v, flat).reshape(batch, grouped.shape[1], -1, v.shape[-1]),
         mask=mask,
         places=places,
         heads=heads,
         key_heads=key_heads,
     )
-
-
-def _keys_at(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x (batch, key_heads, m, d) by index (batch, key_heads or 1, length)."""
-    # Rows of one flat table: index_select copies whole rows, torch.gather with an expanded index element by element.
-    batch, key_heads, length, width = x.shape
-    tables = torch.arange(batch * key_heads, device=x.device).view(batch, key_heads, 1) * length
-    flat = x.reshape(-1, width).index_select(0, (tables + index).flatten())
-    return flat.view(batch, key_heads, -1, width)
-
-
-def _rows_at(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows of x (batch, heads, n, d) by (batch or 1, length), the same for all heads."""
-    if len(rows) == 1:
-        return x.index_select(2, rows[0])
-    return _keys_at(x, rows.unsqueeze(1))
 
 
 def _rows_of_blocks(plan: SparsityPlan, device: torch.device) -> tuple[Tensor, Tensor]:
