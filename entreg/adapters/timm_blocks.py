@@ -248,7 +248,11 @@ class SparseBlocks(nn.Sequential):
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             state.queries, state.keys = q, k
-            return dense_attention(q, k, v, scale=block.attn.scale, key_bias=bias)
+            if block.attn.fused_attn:
+                return dense_attention(q, k, v, scale=block.attn.scale, key_bias=bias)
+            # An unfused model stays one.
+            logits = (q * block.attn.scale) @ k.mT
+            return (logits if bias is None else logits + bias[:, None, None]).softmax(-1) @ v
 
         x = x + block.drop_path1(block.ls1(attention_output(block.attn, block.norm1(x), attend)))
         if self.merging is not None:

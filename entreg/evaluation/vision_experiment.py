@@ -59,7 +59,8 @@ class VisionRun:
     @property
     def base_config(self) -> dict[str, Any]:
         """What decides the dense model that all methods of a seed share."""
-        return {key: self.config[key] for key in ("data", "model", "base", "seed", "device")}
+        base = {**self.config["base"], "trainer": _settings(self, "base").deciding()}
+        return {**{key: self.config[key] for key in ("data", "model", "seed", "device")}, "base": base}
 
 
 def plan_run(config: Mapping[str, Any]) -> VisionRun:
@@ -204,7 +205,7 @@ def dense_model(run: VisionRun, dataset: Any) -> tuple[nn.Module, float]:
         curriculum.mark(model, run.config["seed"])
     objective = VisionObjective(Penalties({}), curriculum=curriculum)
     folder = run.folder / f"{run.experiment.replace('/', '-')}-dense-{config_hash(run.base_config)}"
-    result = train(model, objective, dataset, settings, folder, resume=run.resume)
+    result = train(model, objective, dataset, settings, folder, resume=run.resume, device=run.config["device"])
     return model, result.seconds
 
 
@@ -234,7 +235,16 @@ def _train_further(run: VisionRun, model: nn.Module, dataset: Any) -> tuple[nn.M
     extra = [*penalties.parameters(), *(sparse.gate.parameters() if sparse is not None and sparse.gate else ())]
     folder = run.folder / f"{run.experiment.replace('/', '-')}-{run.config['method']}-{config_hash(run.config)}"
     try:
-        result = train(model, objective, dataset, settings, folder, resume=run.resume, extra_parameters=extra)
+        result = train(
+            model,
+            objective,
+            dataset,
+            settings,
+            folder,
+            resume=run.resume,
+            extra_parameters=extra,
+            device=run.config["device"],
+        )
     finally:
         for handle in (captures, sparse):
             if handle is not None:
