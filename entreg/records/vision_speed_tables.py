@@ -247,13 +247,14 @@ def all_plans(records: Records) -> Table | None:
 
 @register_table("vision-speed-rivals", experiments=(EXPERIMENT,))
 def equal_throughput(records: Records) -> Table | None:
-    """For each rival, the plan of ours that is nearest in time at the headline batch."""
+    """For each rival, the token plan of ours that is nearest in time at the headline batch."""
     rows = []
     settings = speed_settings(records)
     for setting in settings:
         batch = setting.headline_batch
         fused = [row for row in setting.rows(batch) if is_fused(row)]
-        ours = [row for row in fused if row["role"] == "ours"]
+        kinds = {name: plan["kind"] for name, plan in setting.record["config"]["plans"].items()}
+        ours = [row for row in fused if row["role"] == "ours" and kinds[row["method"]] == "tokens"]
         for rival in (row for row in fused if row["role"] == "rival"):
             if not ours:
                 continue
@@ -276,7 +277,7 @@ def equal_throughput(records: Records) -> Table | None:
         return None
     return Table(
         name="vision-speed-rivals",
-        title="Rivals and our plan of the nearest throughput, fused attention",
+        title="Rivals and our token plan of the nearest throughput, fused attention",
         columns=(
             "model, precision, device",
             "batch",
