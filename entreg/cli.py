@@ -15,7 +15,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def entry_point(function: Callable[[], Any]) -> Callable[[], None]:
 
 
 def hydra_main(
-    config_name: str, config_path: str | os.PathLike[str] = CONFIGS
+    config_name: str, config_path: str | os.PathLike[str] = CONFIGS, *, checked: Collection[str] = ()
 ) -> Callable[[Callable[[Any], Any]], Callable[..., Any]]:
     """``@hydra.main`` for the repository's configurations, with errors as one sentence.
 
@@ -87,6 +87,7 @@ def hydra_main(
     Args:
         config_name: the primary configuration, without ``.yaml``.
         config_path: folder of the configurations.
+        checked: parts, with dots, whose readers refuse keys that they do not know: ``+part.key=value`` may add any.
     """
 
     def decorate(function: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -94,7 +95,7 @@ def hydra_main(
         def main(config: Any = None) -> Any:
             if config is not None:
                 return function(config)
-            sys.exit(run_script(lambda: _run_hydra(function, config_name, Path(config_path).resolve())))
+            sys.exit(run_script(lambda: _run_hydra(function, config_name, Path(config_path).resolve(), checked)))
 
         return main
 
@@ -112,7 +113,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return "."
 
 
-def _run_hydra(function: Callable[[Any], Any], config_name: str, folder: Path) -> int:
+def _run_hydra(function: Callable[[Any], Any], config_name: str, folder: Path, checked: Collection[str]) -> int:
     import hydra
     import yaml
     from hydra.errors import HydraException
@@ -137,7 +138,7 @@ def _run_hydra(function: Callable[[Any], Any], config_name: str, folder: Path) -
             return None
 
     try:
-        _refuse_unread_keys(config_name, folder)
+        _refuse_unread_keys(config_name, folder, checked)
         hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
         if failures:
             raise failures[0]
@@ -155,14 +156,14 @@ def _run_hydra(function: Callable[[Any], Any], config_name: str, folder: Path) -
     return 0
 
 
-def _refuse_unread_keys(config_name: str, folder: Path) -> None:
+def _refuse_unread_keys(config_name: str, folder: Path, checked: Collection[str]) -> None:
     """Hydra's ``+key=value`` adds any key, also a misspelt one that nothing reads; only groups may be added so."""
     groups = set(_groups(folder))
     for text in sys.argv[1:]:
         if not text.startswith("+") or "=" not in text:
             continue
         name = text.lstrip("+").partition("=")[0].partition("@")[0]
-        if name in groups or name.partition(".")[0] == "hydra":
+        if name in groups or name.partition(".")[0] == "hydra" or name.startswith(tuple(f"{one}." for one in checked)):
             continue
         known = _known_keys(config_name, folder)
         if known and name not in known:
@@ -194,6 +195,8 @@ def _as_sentence(error: Exception, config_name: str, folder: Path) -> EntregErro
     key = re.match(r"Could not override '([^']+)'", str(error))
     if key:
         known = [*_known_keys(config_name, folder), *_groups(folder)]
+        if key.group(1) in known:
+            return ConfigError(f"{key.group(1)!r} has no such key; add one with +{key.group(1)}.<key>=<value>.")
         hint = nearest(key.group(1), known)
         return ConfigError(f"There is no configuration key or group {key.group(1)!r}{hint}")
     if isinstance(error, MissingMandatoryValue):

@@ -10,11 +10,11 @@ python scripts/train.py -m regularizer=key_entropy,row_entropy,none seed=0,1,2  
 from omegaconf import DictConfig, OmegaConf
 
 from entreg.cli import command_line, hydra_main
-from entreg.evaluation.vision_experiment import plan_run, run_all
+from entreg.evaluation.vision_experiment import CHECKED, plan_run, run_all
 from entreg.evaluation.vision_report import report
 
 
-@hydra_main("train")
+@hydra_main("train", checked=CHECKED)
 def main(config: DictConfig) -> None:
     run = plan_run(OmegaConf.to_container(config, resolve=True))
     records = run_all([run], store=config.store, command=command_line(), force=config.force)

@@ -10,11 +10,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from entreg.cli import command_line, hydra_main
-from entreg.evaluation.vision_experiment import plan_run, run_all, study_configs
+from entreg.evaluation.vision_experiment import CHECKED, plan_run, run_all, study_configs
 from entreg.evaluation.vision_report import report
 
 
-@hydra_main("train")
+@hydra_main("train", checked=CHECKED)
 def main(config: DictConfig) -> None:
     runs = [plan_run(one) for one in study_configs(config, HydraConfig.get().overrides.task)]
     records = run_all(runs, store=config.store, command=command_line(), force=config.force)

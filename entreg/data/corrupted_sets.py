@@ -84,6 +84,26 @@ def corrupted_dataset(
         InputError: a value out of range, or images that cannot be corrupted.
         AssetError: files are missing or not what they should be.
     """
+    corrupted, prepare = open_corrupted(data, split=split, limit=limit, corruptions=corruptions)
+    images = corrupted.images(corruption, severity)
+    return CorruptedImages(images[:limit], corrupted.labels[:limit], prepare)
+
+
+def open_corrupted(
+    data: Mapping[str, Any],
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    corruptions: Mapping[str, Any] | None = None,
+) -> tuple[CorruptedSet, Preparation]:
+    """The corrupted set of a clean data set, its files looked at, and how its images are prepared for the model.
+
+    Args:
+        data, split, limit, corruptions: as for :func:`corrupted_dataset`; ``limit`` bounds what is generated only.
+
+    Raises:
+        ConfigError, InputError, AssetError: as for :func:`corrupted_dataset`.
+    """
     if corruptions is None:
         corruptions = {"name": "generated"}
         if data.get("name") == "cifar100":
@@ -92,9 +112,7 @@ def corrupted_dataset(
         corruptions = {"limit": limit, **corruptions}
     elif split != "test":
         raise ConfigError(f"the published corrupted images are of the test split, not of '{split}'")
-    corrupted, prepare = _read(json.dumps(dict(data)), split, json.dumps(dict(corruptions)))
-    images = corrupted.images(corruption, severity)
-    return CorruptedImages(images[:limit], corrupted.labels[:limit], prepare)
+    return _read(json.dumps(dict(data)), split, json.dumps(dict(corruptions)))
 
 
 @lru_cache(maxsize=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from entreg.adapters import probe, sparsify
-from entreg.data.corrupted_sets import corrupted_dataset
-from entreg.data.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS
+from entreg.data.corrupted_sets import corrupted_dataset, open_corrupted
+from entreg.data.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES
+from entreg.data.vision_sets import vision_dataset
 from entreg.errors import ConfigError
-from entreg.evaluation.classification import evaluate
+from entreg.evaluation.classification import PRECISIONS, evaluate
 from entreg.evaluation.localisation import Overlap, kept_patches, localise, overlap, patch_masks
+from entreg.evaluation.robustness import CorruptionErrors
 from entreg.sparse import selection_scores, sparsity_from_mapping
 
 Row = dict[str, Any]
@@ -52,6 +53,60 @@ def expand_plans(plans: Mapping[str, Mapping[str, Any]]) -> list[tuple[Row, dict
     return expanded
 
 
+def check_evaluation(config: Mapping[str, Any]) -> None:
+    """Refuse what cannot be evaluated, before a model is trained for it.
+
+    Args:
+        config: the resolved ``evaluation`` part of ``configs/train.yaml``.
+
+    Raises:
+        ConfigError: an impossible plan, precision, batch size, limit or severity.
+    """
+    mappings = [mapping for _, mapping in expand_plans(config["plans"])]
+    robustness = config["robustness"]
+    if robustness is not None:
+        mappings.append(robustness["sparsity"])
+        severities = robustness["severities"]
+        if not severities or not set(severities) <= set(SEVERITIES):
+            raise ConfigError(f"evaluation.robustness.severities must be some of 1 to 5, got {severities}")
+    for mapping in mappings:
+        sparsity_from_mapping(mapping)
+    if config["precision"] not in PRECISIONS:
+        raise ConfigError(f"evaluation.precision must be {' or '.join(PRECISIONS)}, got '{config['precision']}'")
+    if config["batch_size"] < 1 or (config["limit"] is not None and config["limit"] < 1):
+        raise ConfigError(
+            f"evaluation.batch_size and limit must be at least 1, got {config['batch_size']} and {config['limit']}"
+        )
+
+
+def open_datasets(config: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """The training images and every split that is evaluated, and a look at the corrupted and masked images.
+
+    What is missing or damaged must show before a model is built or trained, not after.
+
+    Args:
+        config: the resolved ``evaluation`` part of ``configs/train.yaml``.
+        data: the resolved ``data`` part.
+
+    Returns:
+        Data sets by the name of their split.
+
+    Raises:
+        ConfigError: no folder where one is needed, or no masks or corruptions where they are to be measured.
+        InputError: a value out of range, or images that cannot be corrupted.
+        AssetError: files are missing or not what they should be; the sentence says how to get them.
+    """
+    datasets = {split: vision_dataset(data, split) for split in ("train", *config["splits"])}
+    if config["localisation"] is not None and any("masks" not in datasets[split][0] for split in config["splits"]):
+        raise ConfigError("evaluation.localisation needs a data set with masks; set it to null, or data.masks")
+    if config["robustness"] is not None:
+        corrupted, _ = open_corrupted(data, limit=config["limit"])
+        lacking = [name for name in _corruptions(config) if name not in corrupted.corruptions]
+        if lacking:
+            raise ConfigError(f"there are no images under {lacking[0]}; set evaluation.robustness.extra to false")
+    return datasets
+
+
 def evaluate_everything(
     model: nn.Module,
     datasets: Mapping[str, Any],
@@ -71,13 +126,15 @@ def evaluate_everything(
             its part for their layer.
 
     Returns:
-        metrics (the mean corruption errors, if any) and one row per split and plan.
+        metrics and one row per split and plan. With corrupted images the metrics are, dense and sparse, the mean
+        corruption errors ``mce_...`` (None unless all 15 corruptions were measured at all 5 severities) and
+        ``corrupted_error_...``, the mean over those of the 15 that were measured.
     """
     rows: list[Row] = []
     for split in config["splits"]:
         rows.append(_accuracy_row(model, datasets[split], config, {"plan": "dense", **_NO_CHOICE}))
         for names, mapping in expand_plans(config["plans"]):
-            if names["score"] == "gate" and (gate is None or str(mapping["before_layer"]) not in gate):
+            if names["score"] == "gate" and not _has_gate(gate, mapping):
                 continue
             rows.append(_accuracy_row(model, datasets[split], config, names, mapping, gate))
         if config["localisation"] is not None:
@@ -117,7 +174,8 @@ def _accuracy_row(
 
     try:
         result = evaluate(model, dataset, observe=observe, **_loader(config))
-        sparsity = 0.0 if handle is None else handle.realised_sparsity(dataset[0]["images"][None])
+        image = dataset[0]["images"][None].to(next(model.parameters()).device)
+        sparsity = 0.0 if handle is None else handle.realised_sparsity(image)
     finally:
         if handle is not None:
             handle.remove()
@@ -135,8 +193,6 @@ def _localisation_rows(model: nn.Module, dataset: Any, config: Mapping[str, Any]
     generator = torch.Generator().manual_seed(0)
 
     def observe(batch: Mapping[str, Tensor]) -> None:
-        if "masks" not in batch:
-            raise ConfigError("evaluation.localisation needs a data set with masks; set it to null, or data.masks")
         covered = patch_masks(batch["masks"], _grid(model), config["localisation"]["coverage"])
         for score in scores:
             by_layer = []
@@ -180,20 +236,20 @@ def _localisation_rows(model: nn.Module, dataset: Any, config: Mapping[str, Any]
 
 def _robustness(
     model: nn.Module, config: Mapping[str, Any], data: Mapping[str, Any]
-) -> tuple[dict[str, float], list[Row]]:
+) -> tuple[dict[str, float | None], list[Row]]:
     """Error on every corruption and severity, dense and under the plan of ``robustness.sparsity``, and its means."""
     settings = config["robustness"]
     rows: list[Row] = []
-    metrics = {}
+    metrics: dict[str, float | None] = {}
     for setting, mapping in (("dense", None), ("sparse", settings["sparsity"])):
         handle = None if mapping is None else sparsify(model, sparsity_from_mapping(mapping))
+        errors: dict[str, dict[int, float]] = {}
         try:
-            errors = {}
-            for corruption in (*CORRUPTIONS, *(EXTRA_CORRUPTIONS if settings["extra"] else ())):
+            for corruption in _corruptions(config):
                 for severity in settings["severities"]:
                     dataset = corrupted_dataset(data, corruption, severity, limit=config["limit"])
                     error = 1.0 - evaluate(model, dataset, **_loader(config)).top1
-                    errors[corruption, severity] = error
+                    errors.setdefault(corruption, {})[severity] = error
                     rows.append(
                         {
                             **_NO_CHOICE,
@@ -208,9 +264,18 @@ def _robustness(
         finally:
             if handle is not None:
                 handle.remove()
-        counted = [error for (corruption, _), error in errors.items() if corruption in CORRUPTIONS]
-        metrics[f"mce_{setting}"] = math.fsum(counted) / len(counted)
+        measured = CorruptionErrors(errors, num_images=len(dataset))
+        metrics[f"mce_{setting}"] = measured.mean_corruption_error if measured.is_complete else None
+        metrics[f"corrupted_error_{setting}"] = measured.mean()
     return metrics, rows
+
+
+def _corruptions(config: Mapping[str, Any]) -> tuple[str, ...]:
+    return (*CORRUPTIONS, *(EXTRA_CORRUPTIONS if config["robustness"]["extra"] else ()))
+
+
+def _has_gate(gate: nn.Module | None, mapping: Mapping[str, Any]) -> bool:
+    return gate is not None and str(getattr(sparsity_from_mapping(mapping), "before_layer", None)) in gate
 
 
 def _mean_overlap(overlaps: Sequence[Overlap]) -> dict[str, Any]:

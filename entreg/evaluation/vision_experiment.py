@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from torch import nn
 
 from entreg.adapters import probe, sparsify, vision_model
 from entreg.atomic import require_writable
-from entreg.data.vision_sets import describe_dataset, vision_dataset
+from entreg.data.vision_sets import describe_dataset
 from entreg.errors import ConfigError
-from entreg.evaluation.vision_evaluation import evaluate_everything, expand_plans
+from entreg.evaluation.vision_evaluation import check_evaluation, evaluate_everything, open_datasets
 from entreg.records.record import config_hash, new_record
 from entreg.records.store import RecordStore
 from entreg.sparse import sparsity_from_mapping
@@ -35,6 +35,9 @@ from entreg.training.vision import VisionObjective, frozen_copy, prepare_penalti
 
 # What does not decide a run's result.
 _NOT_RECORDED = ("store", "checkpoints", "resume", "force", "study", "profile")
+
+CHECKED = ("data", "model.options", "sparsity", "regularizer.penalties", "evaluation.plans")
+"""Parts of the configuration to which the command line may add keys: unknown ones are refused here or by timm."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,11 @@ def plan_run(config: Mapping[str, Any]) -> VisionRun:
     run = VisionRun(kept, Path(config["checkpoints"]), config["resume"])
     _settings(run, "trainer")
     _settings(run, "base")
-    _penalties(run)
-    sparsity_from_mapping(kept["sparsity"])
-    for _, mapping in expand_plans(kept["evaluation"]["plans"]):
-        sparsity_from_mapping(mapping)
+    _curriculum_settings(run)
+    path = sparsity_from_mapping(kept["sparsity"])
+    if _penalties(run).needs_gate and getattr(path, "score", None) != "gate":
+        raise ConfigError("the penalty l1_gate needs a sparse path with score: gate in training, such as sparsity=gate")
+    check_evaluation(kept["evaluation"])
     return run
 
 
@@ -154,9 +158,7 @@ def run_vision(run: VisionRun, command: str) -> dict[str, Any]:
     start = time.perf_counter()
     require_writable(run.folder)
     device = torch.device(run.config["device"])
-    datasets = {
-        split: vision_dataset(run.config["data"], split) for split in ("train", *run.config["evaluation"]["splits"])
-    }
+    datasets = open_datasets(run.config["evaluation"], run.config["data"])
     model, base_seconds = dense_model(run, datasets["train"])
     gate, metrics = _train_further(run, model, datasets["train"])
     model.to(device).eval()
@@ -199,9 +201,9 @@ def dense_model(run: VisionRun, dataset: Any) -> tuple[nn.Module, float]:
         return model, 0.0
     if settings.steps == 0:
         return model, 0.0
-    curriculum = None
-    if run.config["base"]["curriculum"] is not None:
-        curriculum = CellCurriculum(CurriculumSettings(**run.config["base"]["curriculum"]), model)
+    curriculum, cells = None, _curriculum_settings(run)
+    if cells is not None:
+        curriculum = CellCurriculum(cells, model)
         curriculum.mark(model, run.config["seed"])
     objective = VisionObjective(Penalties({}), curriculum=curriculum)
     folder = run.folder / f"{run.experiment.replace('/', '-')}-dense-{config_hash(run.base_config)}"
@@ -219,7 +221,8 @@ def _train_further(run: VisionRun, model: nn.Module, dataset: Any) -> tuple[nn.M
     teacher = frozen_copy(model).to(run.config["device"]) if regularizer["distillation"] > 0 else None
     if penalties.need_captures:
         first = [dataset[index] for index in range(min(16, len(dataset)))]
-        prepare_penalties(model, penalties, torch.stack([item["images"] for item in first]), run.config["seed"])
+        images = torch.stack([item["images"] for item in first]).to(next(model.parameters()).device)
+        prepare_penalties(model, penalties, images, run.config["seed"])
     path = sparsity_from_mapping(run.config["sparsity"])
     sparse = sparsify(model, path, record=True) if path is not None else None
     captures = probe(model) if penalties.need_captures else None
@@ -260,6 +263,17 @@ def _last(history: list[Mapping[str, Any]]) -> dict[str, Any]:
 def _penalties(run: VisionRun) -> Penalties:
     values = run.config["regularizer"]["penalties"]
     return Penalties({name: penalty_from_mapping(one) for name, one in values.items()})
+
+
+def _curriculum_settings(run: VisionRun) -> CurriculumSettings | None:
+    values = run.config["base"]["curriculum"]
+    if values is None:
+        return None
+    known = [field.name for field in fields(CurriculumSettings)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ConfigError(f"unknown key '{unknown[0]}' of base.curriculum, known are {', '.join(known)}")
+    return CurriculumSettings(**values)
 
 
 def _settings(run: VisionRun, which: str) -> TrainingSettings:

@@ -77,6 +77,7 @@ class CellCurriculum:
         self.apart = self.cell[:, None] != self.cell
         self.closeness = settings.start
         self.running_loss: float | None = None
+        self._last_step = -1
 
     @torch.no_grad()
     def mark(self, model: nn.Module, seed: int) -> None:
@@ -94,10 +95,16 @@ class CellCurriculum:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else images.dtype
         return (self.apart * math.log(self.closeness)).to(images.device, dtype)
 
-    def advance(self, loss: Tensor) -> None:
-        """Take note of a step's task loss and let the cells together if it is low enough; waits for the loss."""
-        if self.closeness >= 1:
+    def advance(self, loss: Tensor, step: int) -> None:
+        """Take note of a step's task loss and let the cells together if it is low enough; waits for the loss.
+
+        Args:
+            loss: mean task loss in nats.
+            step: number of the optimiser step, from 0. Only its first part counts when gradients are accumulated.
+        """
+        if self.closeness >= 1 or step <= self._last_step:
             return
+        self._last_step = step
         s = self.settings
         value = loss.item()
         past = value if self.running_loss is None else self.running_loss
@@ -108,8 +115,9 @@ class CellCurriculum:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return {"closeness": self.closeness, "running_loss": self.running_loss}
+        return {"closeness": self.closeness, "running_loss": self.running_loss, "last_step": self._last_step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         self.closeness, self.running_loss = state["closeness"], state["running_loss"]
+        self._last_step = state.get("last_step", -1)

@@ -82,7 +82,7 @@ class VisionObjective:
         task = cross_entropy(logits, labels, self.label_smoothing)
         parts: dict[str, Any] = {"task": task.detach()}
         if self.curriculum is not None:
-            self.curriculum.advance(parts["task"])
+            self.curriculum.advance(parts["task"], step)
             parts["closeness"] = self.curriculum.closeness
         loss = task
         if self.distillation > 0:
