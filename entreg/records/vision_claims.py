@@ -8,7 +8,6 @@ data are digit scenes and corrupted digits; no verdict there is one on ImageNet 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 from entreg.records.claims import Evidence, register_measure
@@ -75,17 +74,14 @@ def over_l1(records: Records) -> Evidence | None:
     if not means:
         return None
     rival = max(means, key=means.get)
-    seeds = study.shared_seeds(ours, rival)
-    first, second = (study.values(name, PLAN, seeds=seeds) for name in (ours, rival))
-    if not first or len(first) != len(second):
+    first, second = study.pairs(ours, rival, PLAN)
+    if not first:
         return None
     value = paired_difference([100 * one for one in first], [100 * one for one in second])
     reason = f"against {label(rival)}; ours trains with the sparse path active"
-    loop = [s for s in study.shared_seeds(rival, "loop_a")]
+    loop, without = study.pairs("loop_a", rival, PLAN)
     if loop:
-        gain = statistics.fmean(study.values("loop_a", PLAN, seeds=loop)) - statistics.fmean(
-            study.values(rival, PLAN, seeds=loop)
-        )
+        gain = statistics.fmean(loop) - statistics.fmean(without)
         reason += f", which without any entropy is worth {number(100 * gain)} points over the same baseline"
     return _evidence(study, records, value, "points", reason)
 
@@ -119,15 +115,12 @@ def corruption_error(records: Records) -> Evidence | None:
         return None
     study, ours = found
     value = mean_and_interval([100 * one for one in study.corruption_errors(ours, "dense")])
-    seeds = study.shared_seeds(ours, "plain")
-    own, plain = (study.corruption_errors(name, "dense", seeds=seeds) for name in (ours, "plain"))
-    if not own or len(own) != len(plain):
+    own, plain = study.corruption_error_pairs(ours, "plain")
+    if not own:
         return None
     gain = paired_difference([100 * one for one in plain], [100 * one for one in own])
-    text: Callable[[str], str] = lambda name: number(  # noqa: E731
-        100 * statistics.fmean(study.values(name, "dense", seeds=seeds))
-    )
-    reason = f"plain {number(100 * statistics.fmean(plain))}; clean accuracy {text(ours)} against {text('plain')}"
+    clean = [number(100 * statistics.fmean(values)) for values in study.pairs(ours, "plain", "dense")]
+    reason = f"plain {number(100 * statistics.fmean(plain))}; clean accuracy {clean[0]} against {clean[1]}"
     return _evidence(study, records, value, "%", reason, alternative=gain.mean)
 
 

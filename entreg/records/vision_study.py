@@ -27,11 +27,6 @@ def label(method: str) -> str:
     return LABELS.get(method, method.replace("_", " "))
 
 
-def is_ours(method: str) -> bool:
-    """Whether a method trains with an entropy of this project's reading of the paper."""
-    return method.startswith("ours") or method.endswith("_entropy")
-
-
 def ours_for(plan: str, methods: Sequence[str]) -> str | None:
     """The method that stands for this project under a plan: ``ours_<letter>`` of its setting, else ``ours``."""
     for name in (f"ours_{plan[-1]}", "ours"):
@@ -65,22 +60,22 @@ class VisionStudy:
         """Seeds that the method was run with."""
         return sorted(seed for name, seed in self.records if name == method)
 
-    def shared_seeds(self, first: str, second: str) -> list[int]:
-        """Seeds that both methods were run with."""
-        return sorted(set(self.seeds(first)) & set(self.seeds(second)))
-
     def levels(self, plan: str) -> list[float | None]:
         """Levels of sparsity at which a plan was evaluated."""
         found = {row.get("level") for record in self.records.values() for row in record["rows"] if row["plan"] == plan}
         return sorted(found, key=lambda level: -1.0 if level is None else level)
 
     def best_choice(self, method: str, plan: str, level: float | None = None) -> tuple[str | None, str | None] | None:
-        """Reduction and selection score with the highest mean validation accuracy of a method under a plan."""
-        sums: dict[tuple[str | None, str | None], float] = {}
-        for row in self._rows(method, self.seeds(method), "validation", plan, level):
-            choice = (row.get("reduction"), row["score"])
-            sums[choice] = sums.get(choice, 0.0) + row["top1"]
-        return max(sums, key=sums.get) if sums else None
+        """Reduction and selection score with the highest mean validation accuracy of a method under a plan.
+
+        Only what was evaluated for the most seeds is compared.
+        """
+        found: dict[tuple[str | None, str | None], list[float]] = {}
+        for _, row in self._rows(method, self.seeds(method), "validation", plan, level):
+            found.setdefault((row.get("reduction"), row["score"]), []).append(row["top1"])
+        most = max(map(len, found.values()), default=0)
+        means = {choice: statistics.fmean(values) for choice, values in found.items() if len(values) == most}
+        return max(means, key=means.get) if means else None
 
     def values(
         self,
@@ -93,11 +88,15 @@ class VisionStudy:
         seeds: Sequence[int] | None = None,
     ) -> list[float]:
         """A field of a method under a plan, one value per seed, with the choice that is best on validation."""
-        choice = self.best_choice(method, plan, level)
-        rows = self._rows(method, self.seeds(method) if seeds is None else seeds, split, plan, level)
-        return [
-            row[field] for row in rows if (row.get("reduction"), row["score"]) == choice and row.get(field) is not None
-        ]
+        found = self._by_seed(method, plan, field, level, split)
+        return [value for seed, value in found.items() if seeds is None or seed in seeds]
+
+    def pairs(
+        self, first: str, second: str, plan: str, *, level: float | None = None
+    ) -> tuple[list[float], list[float]]:
+        """Test accuracies of two methods under a plan, seed by seed, of the seeds that both have."""
+        own, other = (self._by_seed(method, plan, "top1", level, "test") for method in (first, second))
+        return _shared(own, other)
 
     def localisation(self, method: str, scores: Sequence[str] | None = None) -> dict[str, Any] | None:
         """Matched-area overlap at the score (of these, or any) and layer that are best on validation.
@@ -127,11 +126,13 @@ class VisionStudy:
                     found["random"].append(row["iou_random"])
         return found
 
-    def corruption_errors(self, method: str, plan: str, seeds: Sequence[int] | None = None) -> list[float]:
+    def corruption_errors(self, method: str, plan: str) -> list[float]:
         """Mean corruption error of a method, ``plan`` dense or sparse, one value per seed."""
-        chosen = self.seeds(method) if seeds is None else seeds
-        found = [self.records[method, seed]["metrics"].get(f"mce_{plan}") for seed in chosen]
-        return [value for value in found if value is not None]
+        return list(self._corruption_errors_by_seed(method, plan).values())
+
+    def corruption_error_pairs(self, first: str, second: str) -> tuple[list[float], list[float]]:
+        """Dense mean corruption errors of two methods, seed by seed, of the seeds that both have."""
+        return _shared(*(self._corruption_errors_by_seed(method, "dense") for method in (first, second)))
 
     def errors_by_corruption(self, method: str) -> dict[str, float]:
         """Dense error per corruption, mean over severities and seeds."""
@@ -144,11 +145,28 @@ class VisionStudy:
 
     def _rows(
         self, method: str, seeds: Sequence[int], split: str, plan: str, level: float | None
-    ) -> Iterable[Mapping[str, Any]]:
+    ) -> Iterable[tuple[int, Mapping[str, Any]]]:
         for seed in seeds:
             for row in self.records[method, seed]["rows"]:
                 if row["split"] == split and row["plan"] == plan and row.get("level") == level:
-                    yield row
+                    yield seed, row
+
+    def _by_seed(self, method: str, plan: str, field: str, level: float | None, split: str) -> dict[int, float]:
+        choice = self.best_choice(method, plan, level)
+        return {
+            seed: row[field]
+            for seed, row in self._rows(method, self.seeds(method), split, plan, level)
+            if (row.get("reduction"), row["score"]) == choice and row.get(field) is not None
+        }
+
+    def _corruption_errors_by_seed(self, method: str, plan: str) -> dict[int, float]:
+        found = {seed: self.records[method, seed]["metrics"].get(f"mce_{plan}") for seed in self.seeds(method)}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+
+def _shared(first: Mapping[int, float], second: Mapping[int, float]) -> tuple[list[float], list[float]]:
+    seeds = [seed for seed in first if seed in second]
+    return [first[seed] for seed in seeds], [second[seed] for seed in seeds]
 
 
 def _place(method: str) -> tuple[int, str]:

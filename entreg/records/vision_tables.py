@@ -6,14 +6,18 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from entreg.records.record import SCALES
 from entreg.records.statistics import Estimate, mean_and_interval, paired_difference
 from entreg.records.tables import MISSING, Table, estimate, number, register_table
-from entreg.records.vision_study import VisionStudy, is_ours, label, ours_for
+from entreg.records.vision_study import VisionStudy, label, ours_for
 
 SETTINGS = {"setting_a": "A", "setting_b": "B"}
 """Plans under which the plain model loses at least five points, chosen on validation."""
 
 VIT = ("vit/digit_scenes", "vit/imagenet")
+
+PAPER = ("vit/imagenet", "cifar/cifar100")
+"""Experiments on the paper's own data."""
 
 
 def points(value: Estimate | None) -> str:
@@ -37,18 +41,17 @@ def accuracy(study: VisionStudy, method: str, plan: str, **chosen: Any) -> Estim
 
 def advantage(study: VisionStudy, ours: str, rival: str, plan: str, level: float | None = None) -> Estimate | None:
     """Paired difference, over shared seeds, of our accuracy and the rival's under one plan."""
-    seeds = study.shared_seeds(ours, rival)
-    first = study.values(ours, plan, level=level, seeds=seeds)
-    second = study.values(rival, plan, level=level, seeds=seeds)
-    return paired_difference(first, second) if first and len(first) == len(second) else None
+    first, second = study.pairs(ours, rival, plan, level=level)
+    return paired_difference(first, second) if first else None
 
 
 def main_study(records: Sequence[Mapping[str, Any]]) -> VisionStudy | None:
-    """The study of the largest scale at hand: tables never mix data sets."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    """The study of the largest scale at hand, the paper's own data first: tables never mix data sets or scales."""
+    groups: dict[tuple[int, bool, str], list[Mapping[str, Any]]] = {}
     for record in records:
         if "method" in record["config"]:
-            groups.setdefault(record["experiment"], []).append(record)
+            name = record["experiment"]
+            groups.setdefault((SCALES.index(record["scale"]), name in PAPER, name), []).append(record)
     return VisionStudy(groups[max(groups)]) if groups else None
 
 
@@ -82,12 +85,16 @@ def settings_table(plan: str, records: Sequence[Mapping[str, Any]]) -> Table | N
         )
     if not rows:
         return None
-    sample = next(iter(study.records.values()))
-    settings = sample["config"]["evaluation"]["plans"][plan]
-    row = next(r for r in sample["rows"] if r["plan"] == plan)
+    settings, row = next(
+        (record["config"]["evaluation"]["plans"][plan], row)
+        for record in study.records.values()
+        for row in record["rows"]
+        if row["plan"] == plan
+    )
+    kept = f"{settings['keep']} patch tokens" if settings.get("keep") is not None else "fewer patch tokens"
     return Table(
         f"vision-setting-{SETTINGS[plan].lower()}",
-        f"Setting {SETTINGS[plan]}: {settings['keep']} patch tokens from layer {settings['before_layer']} on, "
+        f"Setting {SETTINGS[plan]}: {kept} from layer {settings['before_layer']} on, "
         f"{100 * row['sparsity']:.1f} % sparsity",
         ["method", "dense", "sparse", "lost", "tokens are, by score", "ours − method", "seeds"],
         rows,
@@ -199,10 +206,9 @@ def mce(records: list[dict[str, Any]]) -> Table | None:
         cells = [points(mean_and_interval(values)) if values else MISSING for values in errors.values()]
         against = MISSING
         if ours and method != ours:
-            seeds = study.shared_seeds(ours, method)
-            theirs, own = (study.corruption_errors(name, "dense", seeds=seeds) for name in (method, ours))
-            against = points(paired_difference(theirs, own)) if own and len(own) == len(theirs) else MISSING
-        name = f"**{label(method)}**" if is_ours(method) else label(method)
+            theirs, own = study.corruption_error_pairs(method, ours)
+            against = points(paired_difference(theirs, own)) if own else MISSING
+        name = f"**{label(method)}**" if method == ours else label(method)
         rows.append([name, points(accuracy(study, method, "dense")), *cells, against, len(study.seeds(method))])
     if not rows:
         return None
@@ -229,13 +235,19 @@ def corruptions(records: list[dict[str, Any]]) -> Table | None:
     by_method = {method: errors for method, errors in by_method.items() if errors}
     if not by_method:
         return None
-    names = list(next(iter(by_method.values())))
-    rows = [[name.replace("_", " "), *(100 * errors[name] for errors in by_method.values())] for name in names]
+    names = dict.fromkeys(name for errors in by_method.values() for name in errors)
+    rows = [
+        [name.replace("_", " "), *(100 * errors[name] if name in errors else None for errors in by_method.values())]
+        for name in names
+    ]
     return Table(
         "cifar-corruptions",
         "Error by corruption, dense",
         ["corruption", *(label(method) for method in by_method)],
         rows,
-        notes=["Per cent, mean over five severities and the seeds. The last four do not count in the mCE."],
+        notes=[
+            "Per cent, mean over the measured severities and the seeds. Speckle noise, Gaussian blur, spatter and "
+            "saturate do not count in the mCE."
+        ],
         record_ids=study.record_ids,
     )
