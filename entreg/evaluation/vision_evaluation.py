@@ -17,6 +17,7 @@ from entreg.errors import ConfigError
 from entreg.evaluation.classification import PRECISIONS, evaluate
 from entreg.evaluation.localisation import Overlap, kept_patches, localise, overlap, patch_masks
 from entreg.evaluation.robustness import CorruptionErrors
+from entreg.evaluation.vision_overlays import overlays
 from entreg.sparse import selection_scores, sparsity_from_mapping
 
 Row = dict[str, Any]
@@ -145,6 +146,17 @@ def evaluate_everything(
     if config["robustness"] is not None:
         metrics, corrupted = _robustness(model, config, data)
         rows += corrupted
+    # Only where the configuration names it: configurations without it have records already.
+    if config.get("overlays") is not None:
+        metrics["overlays"] = overlays(
+            model,
+            datasets["test"],
+            config["overlays"],
+            expand_plans(config["plans"]),
+            precision=config["precision"],
+            gate=gate,
+            **_coverage(config),
+        )
     return metrics, rows
 
 
@@ -169,8 +181,7 @@ def _accuracy_row(
         selection = handle.selections[0]
         patches = selection.scores.shape[1] - model.num_prefix_tokens
         kept = kept_patches(selection.kept.cpu(), patches, num_prefix=model.num_prefix_tokens)
-        coverage = {} if config["localisation"] is None else {"coverage": config["localisation"]["coverage"]}
-        overlaps.append(overlap(kept, patch_masks(batch["masks"], _grid(model), **coverage)))
+        overlaps.append(overlap(kept, patch_masks(batch["masks"], _grid(model), **_coverage(config))))
 
     try:
         result = evaluate(model, dataset, observe=observe, **_loader(config))
@@ -285,6 +296,11 @@ def _mean_overlap(overlaps: Sequence[Overlap]) -> dict[str, Any]:
 
 def _loader(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in ("batch_size", "precision", "limit")}
+
+
+def _coverage(config: Mapping[str, Any]) -> dict[str, float]:
+    """The coverage of a patch that counts as the object's, if the configuration says it."""
+    return {} if config["localisation"] is None else {"coverage": config["localisation"]["coverage"]}
 
 
 def _grid(model: nn.Module) -> tuple[int, int]:
