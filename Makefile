@@ -15,6 +15,8 @@ PROFILE ?= offline
 # Folder of ImageNet (train/ and val/ of class folders, or parquet files), of CIFAR-100 and CIFAR-100-C.
 IMAGENET ?=
 CIFAR ?=
+# More Hydra overrides for the vision targets, e.g. OVERRIDES='data.subset=true model.checkpoint=vit.safetensors'.
+OVERRIDES ?=
 .DELETE_ON_ERROR:
 
 .PHONY: help
@@ -52,10 +54,10 @@ study-geometry: $(STAMP) ## the full geometry study behind the reference records
 reproduce-vit: $(STAMP) ## ViT claims: offline on digit scenes, or PROFILE=paper IMAGENET=/data/imagenet
 	@$(call known-profile)
 ifeq ($(PROFILE),paper)
-	$(BIN)/python scripts/vision.py experiment=vit/imagenet profile=paper data.root='$(IMAGENET)'
+	$(BIN)/python scripts/vision.py experiment=vit/imagenet profile=paper data.root='$(IMAGENET)' $(OVERRIDES)
 	$(BIN)/python scripts/benchmark.py benchmark=vision_speed profile=paper
 else
-	$(BIN)/python scripts/vision.py experiment=vit/digit_scenes profile=reproduce $(call from-checkpoint,vit-digit-scenes)
+	$(BIN)/python scripts/vision.py experiment=vit/digit_scenes profile=reproduce $(call from-checkpoint,vit-digit-scenes) $(OVERRIDES)
 	$(BIN)/python scripts/benchmark.py benchmark=vision_speed profile=reproduce
 endif
 
@@ -63,20 +65,27 @@ endif
 reproduce-cifar: $(STAMP) ## robustness claim: offline on corrupted digits, or PROFILE=paper CIFAR=/data/cifar
 	@$(call known-profile)
 ifeq ($(PROFILE),paper)
-	$(BIN)/python scripts/vision.py experiment=cifar/cifar100 profile=paper data.root='$(CIFAR)'
+	$(BIN)/python scripts/vision.py experiment=cifar/cifar100 profile=paper data.root='$(CIFAR)' $(OVERRIDES)
 else
-	$(BIN)/python scripts/vision.py experiment=cifar/digits profile=reproduce $(call from-checkpoint,cifar-digits)
+	$(BIN)/python scripts/vision.py experiment=cifar/digits profile=reproduce $(call from-checkpoint,cifar-digits) $(OVERRIDES)
 endif
 
 .PHONY: study-vit
 study-vit: $(STAMP) ## all methods and seeds of the ViT experiment, its sensitivity and speed: the reference records
-	$(BIN)/python scripts/vision.py experiment=vit/digit_scenes profile=offline store=results/runs
+	$(BIN)/python scripts/vision.py experiment=vit/digit_scenes profile=offline study.seeds=[0,1,2,3,4] store=results/runs
 	$(BIN)/python scripts/vision.py experiment=vit/sensitivity profile=offline store=results/runs
+	$(BIN)/python scripts/vision.py experiment=vit/overlays profile=offline store=results/runs
 	$(BIN)/python scripts/benchmark.py benchmark=vision_speed profile=offline store=results/runs
+	$(BIN)/python scripts/benchmark.py benchmark=training_cost profile=offline store=results/runs
 
 .PHONY: study-cifar
 study-cifar: $(STAMP) ## all methods and seeds of the robustness experiment: the reference records
-	$(BIN)/python scripts/vision.py experiment=cifar/digits profile=offline store=results/runs
+	$(BIN)/python scripts/vision.py experiment=cifar/digits profile=offline study.seeds=[0,1,2,3,4] store=results/runs
+
+.PHONY: bench-vision
+bench-vision: $(STAMP) ## speed of ViT-Base dense and sparse against every rival, and the cost of training with entropies
+	$(BIN)/python scripts/benchmark.py benchmark=vision_speed
+	$(BIN)/python scripts/benchmark.py benchmark=training_cost
 
 .PHONY: bench-geometry
 bench-geometry: $(STAMP) ## hull, Pareto front and Delaunay against every rival, and the law of time against n(1+H)
@@ -104,6 +113,8 @@ smoke: $(STAMP) ## one run of each experiment and benchmark in a minute or two
 	$(BIN)/python scripts/vision.py experiment=vit/digit_scenes profile=smoke store=outputs/smoke
 	$(BIN)/python scripts/vision.py experiment=cifar/digits profile=smoke store=outputs/smoke
 	$(BIN)/python scripts/benchmark.py profile=smoke store=outputs/smoke
+	$(BIN)/python scripts/benchmark.py benchmark=vision_speed profile=smoke store=outputs/smoke
+	$(BIN)/python scripts/benchmark.py benchmark=training_cost profile=smoke store=outputs/smoke
 
 .PHONY: lint
 lint: $(STAMP) ## ruff check and format check

@@ -77,7 +77,7 @@ def plan_run(config: Mapping[str, Any]) -> VisionRun:
     """
     profile = config["profile"]
     kept = {key: value for key, value in config.items() if key not in _NOT_RECORDED}
-    scale = profile["time_scale"]
+    scale = profile["training_scale"]
     kept["base"] = {**kept["base"], "trainer": _scaled(kept["base"]["trainer"], scale)}
     kept["trainer"] = _scaled(kept["trainer"], scale)
     limit = profile.get("max_images")
