@@ -202,8 +202,8 @@ def test_an_interval_across_a_threshold_is_told():
 def test_without_evidence_the_command_is_told():
     found = judge(CLAIMS["geo-hull-speed"], None)
     assert (found.verdict, found.measured, found.reason) == ("not run", "–", "run make reproduce-geometry")
-    planned = judge(CLAIMS["vit-speed"], None, "paper").reason
-    assert planned == "not built yet; it will be make reproduce-vit PROFILE=paper IMAGENET=/data/imagenet"
+    planned = judge(CLAIMS["llm-speed"], None, "paper").reason
+    assert planned == "not built yet; it will be make reproduce-llm PROFILE=paper MODEL=meta-llama/Llama-2-7b-hf"
 
 
 @pytest.mark.parametrize(
@@ -272,17 +272,17 @@ def test_tables_have_a_row_per_claim(measure):
     claims = [
         dataclasses.replace(CLAIMS["geo-hull-speed"], measure="test-measure"),
         dataclasses.replace(CLAIMS["geo-error"], measure="test-none"),
-        dataclasses.replace(CLAIMS["vit-speed"], measure="test-absent"),
+        dataclasses.replace(CLAIMS["llm-speed"], measure="test-absent"),
     ]
     verdicts = judge_all(claims, [sample_record()])
     full = claims_table(claims, verdicts)
-    assert [row[0] for row in full.rows] == ["`geo-hull-speed`", "`geo-error`", "`vit-speed`"]
+    assert [row[0] for row in full.rows] == ["`geo-hull-speed`", "`geo-error`", "`llm-speed`"]
     assert full.record_ids == ["r"]
     short = readme_table(claims, verdicts)
     assert [row[3] for row in short.rows] == ["**partly**", "not run", "not run"]
     assert [row[4] for row in short.rows] == ["not run"] * 3
     assert short.rows[0][5] == "the same without the network's own time: 4.60x; filter: 18x"
-    assert short.rows[2][5:] == ["not built yet", "`make reproduce-vit` (planned)"]
+    assert short.rows[2][5:] == ["not built yet", "`make reproduce-llm` (planned)"]
     assert all(verdict[scale].verdict in VERDICTS for verdict in verdicts for scale in JUDGED_SCALES)
 
 
