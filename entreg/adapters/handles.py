@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -39,8 +40,7 @@ class Capture:
     Attributes:
         layer: index from 0.
         qkv: (batch, n, 3 x heads x d), output of the layer's projection.
-        tokens: (batch, n, c), output of the block; None where a sparse path runs the block in parts (token merging,
-            scores from the previous layer).
+        tokens: (batch, n, c), output of the block, fewer tokens where a sparse path merges in it; None until it ends.
         num_prefix: leading class and register tokens.
         scale: factor of the attention logits.
     """
@@ -76,10 +76,10 @@ class Capture:
 class _Handle:
     """A change of a model that can be undone once."""
 
-    def __init__(self, model: nn.Module, changed: list[str], undo: Callable[[], None]) -> None:
+    def __init__(self, model: nn.Module, changed: list[str], undo: Callable[[nn.Module], None]) -> None:
         self.model = model
         self.changed = changed
-        self._undo: Callable[[], None] | None = undo
+        self._undo: Callable[[nn.Module], None] | None = undo
 
     @property
     def active(self) -> bool:
@@ -90,7 +90,7 @@ class _Handle:
         """Restore the model; a second call does nothing."""
         if self._undo is not None:
             undo, self._undo = self._undo, None
-            undo()
+            undo(self.model)
 
     def __enter__(self) -> _Handle:
         return self
@@ -109,7 +109,7 @@ class ProbeHandle(_Handle):
         captures: of the last forward pass, one :class:`Capture` per watched layer, in order.
     """
 
-    def __init__(self, model: nn.Module, changed: list[str], undo: Callable[[], None]) -> None:
+    def __init__(self, model: nn.Module, changed: list[str], undo: Callable[[nn.Module], None]) -> None:
         super().__init__(model, changed, undo)
         self.captures: list[Capture] = []
 
@@ -117,15 +117,24 @@ class ProbeHandle(_Handle):
 class SparsifyHandle(_Handle):
     """The sparse path in a model.
 
+    A copy of the model (``copy.deepcopy``) has the path too, with a handle of its own: ``sparsify(copy, ...)`` replaces
+    it, and the new handle takes it out. What the last forward pass left is not copied.
+
     Attributes:
         changed: names of the modules that were swapped.
         gate: modules of a learned gate by layer, or None; their parameters are the handle's, not the model's.
         selections: of the last forward pass, if recording; one :class:`Selection` per place where something is chosen.
         gates: values in [0, 1] of every gate in the last forward pass, (batch, patches) each, with their gradient.
+        budgets: of the last forward pass: number of keys, or density, of each layer with sparse attention.
     """
 
     def __init__(
-        self, model: nn.Module, changed: list[str], undo: Callable[[], None], gate: nn.ModuleDict | None, record: bool
+        self,
+        model: nn.Module,
+        changed: list[str],
+        undo: Callable[[nn.Module], None],
+        gate: nn.ModuleDict | None,
+        record: bool,
     ) -> None:
         super().__init__(model, changed, undo)
         self.gate = gate
@@ -134,11 +143,21 @@ class SparsifyHandle(_Handle):
         self.gates: list[Tensor] = []
         self.computed_entries: list[float] = []
         self.counting = False
+        self.budgets: Mapping[int, int | float] = {}
 
-    def begin(self) -> None:
+    def begin(self, budgets: Mapping[int, int | float]) -> None:
         """Forget the forward pass before; called by the sparse path itself."""
         self.selections, self.gates = [], []
         self.computed_entries = []
+        self.budgets = budgets
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparsifyHandle:
+        model = copy.deepcopy(self.model, memo)
+        # The model leads back here: then its copy has its handle already.
+        if id(self) not in memo:
+            gate = copy.deepcopy(self.gate, memo)
+            memo[id(self)] = SparsifyHandle(model, list(self.changed), self._undo, gate, self.record)
+        return memo[id(self)]
 
     @torch.no_grad()
     def realised_sparsity(self, images: Tensor) -> float:

@@ -6,15 +6,16 @@ state dictionary does not change, and by hooks; both are undone by the handle.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from entreg.adapters.budgets import Plan, resolve_budgets
 from entreg.adapters.handles import Capture, ProbeHandle, SparsifyHandle
-from entreg.adapters.timm_blocks import SparseAttention, SparseBlocks
+from entreg.adapters.timm_blocks import SparseAttention
+from entreg.adapters.timm_path import SparseBlocks
 from entreg.compat import ensure_torchvision
 from entreg.errors import ConfigError, InputError
 from entreg.sparse import (
@@ -28,9 +29,6 @@ from entreg.sparse import (
 
 _SUPPORTED = "timm's VisionTransformer and VisionTransformerDistilled (vit_*, deit_*) with stock blocks"
 
-# One handle per model: a second call replaces the first one's setting.
-_handles: weakref.WeakKeyDictionary[nn.Module, SparsifyHandle] = weakref.WeakKeyDictionary()
-
 
 def sparsify(
     model: nn.Module,
@@ -42,13 +40,14 @@ def sparsify(
 ) -> SparsifyHandle:
     """Put the sparse path into a model.
 
-    A second call replaces what the first one put in. Not for models that checkpoint gradients through timm's own
-    switch, which runs the blocks one by one: the forward pass then raises.
+    A second call replaces what the first one put in. Where timm runs the blocks one by one (its own switch for gradient
+    checkpointing, attention masks, ``forward_intermediates``), the pass raises an InputError: it would be dense.
 
     Args:
         model: stock timm ViT, see the module.
-        sparsity: a number in [0, 1): realised sparsity of the default plan, patch tokens dropped before the second
-            layer by half received, half prefix attention; or a whole configuration. 0 leaves the stock logits.
+        sparsity: a number in [0, 1): realised sparsity of the default plan, patch tokens dropped by half received,
+            half prefix attention, before layer 1, or before layer 0 where a sparsity that large needs it; or a whole
+            configuration. 0 leaves the stock logits.
         record: keep what was chosen in ``handle.selections``.
         gate: of an earlier handle, for plans with the score ``gate``; made anew without it.
         generator: CPU generator of sampled queries and random scores; without one, queries are always the same.
@@ -58,42 +57,24 @@ def sparsify(
 
     Raises:
         InputError: the model is not supported.
-        ConfigError: the plan does not fit the model.
+        ConfigError: the plan does not fit the model; a sparsity that cannot be reached, unless the model takes images
+            of any size, whose number of tokens only the forward pass knows: then that raises.
     """
     _require_supported(model)
-    plans = _plans(sparsity)
-    _require_fit(model, plans)
-    if model in _handles:
-        _handles[model].remove()
-    prefix = model.num_prefix_tokens
-    blocks = model.blocks
+    plans = _plans(model, sparsity)
+    gate = _gate(model, plans, gate)
+    if isinstance(model.blocks, SparseBlocks):
+        model.blocks.handle.remove()
+    prefix, blocks = model.num_prefix_tokens, model.blocks
     changed = ["blocks"]
-    originals: dict[int, nn.Module] = {}
-
-    def undo() -> None:
-        # Children are shared; the swapped containers' own flags are not.
-        blocks.training = model.blocks.training
-        for layer, attention in originals.items():
-            attention.training = blocks[layer].attn.training
-            blocks[layer].attn = attention
-        model.blocks = blocks
-        hook.remove()
-        _handles.pop(model, None)
-
-    handle = SparsifyHandle(model, changed, undo, _gate(model, plans, gate), record)
-    attention_plans = [plan for plan in plans if isinstance(plan, ColumnSparsity | BlockSparsity)]
-    for plan in attention_plans:
-        layers = range(len(blocks)) if plan.layers is None else plan.layers
-        density = None if plan.sparsity is None else _layer_density(plan, len(blocks), len(layers))
-        for layer in layers:
-            originals[layer] = blocks[layer].attn
-            swapped = SparseAttention(originals[layer], layer, plan, density, prefix, handle, generator)
-            blocks[layer].attn = swapped
+    handle = SparsifyHandle(model, changed, _restore, gate, record)
+    for plan in plans:
+        if not isinstance(plan, ColumnSparsity | BlockSparsity):
+            continue
+        for layer in range(len(blocks)) if plan.layers is None else plan.layers:
+            blocks[layer].attn = SparseAttention(blocks[layer].attn, layer, plan, prefix, handle, generator)
             changed.append(f"blocks.{layer}.attn")
-    token_plans = [plan for plan in plans if isinstance(plan, TokenSparsity | TokenMerging)]
-    model.blocks = SparseBlocks(blocks, token_plans, prefix, handle, generator)
-    hook = model.register_forward_pre_hook(_refuse_block_by_block, with_kwargs=True)
-    _handles[model] = handle
+    model.blocks = SparseBlocks(blocks, plans, prefix, handle, generator)
     return handle
 
 
@@ -120,49 +101,47 @@ def probe(model: nn.Module, layers: Sequence[int] | None = None) -> ProbeHandle:
         raise InputError(f"layers must be indices of the model's {depth} blocks, got {list(layers)}")
     hooks: list[Any] = []
 
-    def undo() -> None:
+    def undo(_: nn.Module) -> None:
         for hook in hooks:
             hook.remove()
 
     handle = ProbeHandle(model, [f"blocks.{layer}" for layer in chosen], undo)
     open_captures: dict[int, Capture] = {}
 
+    # A copy of the model has copies of the hooks, which still lead here: they must not report.
     def begin(module: nn.Module, args: Any) -> None:
-        handle.captures = []
-        open_captures.clear()
+        if module is model.patch_embed:
+            handle.captures = []
+            open_captures.clear()
 
     def saw_projection(layer: int, attention: nn.Module) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            if module is not attention.qkv:
+                return
             capture = Capture(layer, model.num_prefix_tokens, attention.scale, attention, qkv=output)
             open_captures[layer] = capture
             handle.captures.append(capture)
 
         return hook
 
-    def saw_block(layer: int) -> Any:
+    def saw_block(layer: int, block: nn.Module) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            if layer in open_captures:
+            # The sparse path may run the block through a module that shares its parts.
+            if module._modules is block._modules and layer in open_captures:
                 open_captures[layer].tokens = output
 
         return hook
 
-    hooks.append(model.register_forward_pre_hook(begin))
+    hooks.append(model.patch_embed.register_forward_pre_hook(begin))
     for layer in chosen:
         block = model.blocks[layer]
         hooks.append(block.attn.qkv.register_forward_hook(saw_projection(layer, block.attn)))
-        hooks.append(block.register_forward_hook(saw_block(layer)))
+        hooks.append(block.register_forward_hook(saw_block(layer, block)))
     return handle
 
 
-def _refuse_block_by_block(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """timm runs the blocks one by one for masks and gradient checkpointing, past the sparse path: never silently."""
-    if getattr(model, "grad_checkpointing", False) and not torch.jit.is_scripting():
-        raise InputError(
-            "timm's gradient checkpointing would run past the sparse path; set_grad_checkpointing(False), or remove() "
-            "the sparse path first"
-        )
-    if len(args) > 1 or kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
-        raise InputError("the sparse path of a ViT takes no attention mask; remove() it first")
+def _restore(model: nn.Module) -> None:
+    model.blocks = model.blocks.restore()
 
 
 def _require_supported(model: nn.Module) -> None:
@@ -180,18 +159,39 @@ def _require_supported(model: nn.Module) -> None:
         raise InputError(f"{type(model).__name__} is not supported: nothing was changed; supported are {_SUPPORTED}")
 
 
-def _plans(sparsity: float | Sparsity) -> list[Any]:
+def _plans(model: nn.Module, sparsity: float | Sparsity) -> list[Plan]:
+    """The single plans, as far as can be told possible for the model."""
     if isinstance(sparsity, Combined):
-        return list(sparsity.parts)
-    if isinstance(sparsity, ColumnSparsity | BlockSparsity | TokenSparsity | TokenMerging):
-        return [sparsity]
-    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
+        plans = list(sparsity.parts)
+    elif isinstance(sparsity, ColumnSparsity | BlockSparsity | TokenSparsity | TokenMerging):
+        plans = [sparsity]
+    elif isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
         raise ConfigError(f"sparsity must be a number in [0, 1) or a plan of entreg.sparse, got {sparsity!r}")
-    return [TokenSparsity(sparsity=float(sparsity))]
+    else:
+        try:
+            return _plans(model, TokenSparsity(sparsity=float(sparsity), before_layer=1))
+        except ConfigError:
+            return _plans(model, TokenSparsity(sparsity=float(sparsity), before_layer=0))
+    _require_fit(model, plans)
+    tokens = _num_tokens(model)
+    if tokens is not None:
+        prefix, depth = model.num_prefix_tokens, len(model.blocks)
+        resolve_budgets(plans, num_tokens=tokens, num_prefix=prefix, depth=depth)
+    return plans
 
 
-def _require_fit(model: nn.Module, plans: Sequence[Any]) -> None:
+def _num_tokens(model: nn.Module) -> int | None:
+    """Tokens that the blocks see, prefix included; None where that depends on the image."""
+    patches = getattr(model.patch_embed, "num_patches", None)
+    if patches is None or getattr(model, "dynamic_img_size", False):
+        return None
+    return patches + model.num_prefix_tokens
+
+
+def _require_fit(model: nn.Module, plans: Sequence[Plan]) -> None:
     depth = len(model.blocks)
+    if len(plans) > 1 and any(isinstance(plan, TokenSparsity) and plan.entropy_budget is not None for plan in plans):
+        raise ConfigError("a plan with an entropy_budget cannot be combined with another plan")
     if sum(isinstance(plan, TokenMerging) for plan in plans) > 1:
         raise ConfigError("token merging can be given once only")
     seen: set[int] = set()
@@ -217,17 +217,7 @@ def _require_fit(model: nn.Module, plans: Sequence[Any]) -> None:
             seen |= layers
 
 
-def _layer_density(plan: ColumnSparsity | BlockSparsity, depth: int, layers: int) -> float:
-    density = 1.0 - plan.sparsity * depth / layers
-    if density <= 0:
-        raise ConfigError(
-            f"sparsity {plan.sparsity} cannot be reached in {layers} of {depth} layers; the largest possible is below "
-            f"{layers / depth:.4g}"
-        )
-    return density
-
-
-def _gate(model: nn.Module, plans: Sequence[Any], given: nn.ModuleDict | None) -> nn.ModuleDict | None:
+def _gate(model: nn.Module, plans: Sequence[Plan], given: nn.ModuleDict | None) -> nn.ModuleDict | None:
     layers = [str(plan.before_layer) for plan in plans if isinstance(plan, TokenSparsity) and plan.score == "gate"]
     if not layers:
         return None

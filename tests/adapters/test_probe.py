@@ -1,11 +1,15 @@
 """Probes: what they capture against the stock modules, gradients through it, and undo."""
 
+import copy
+
 import pytest
 import torch
 
 from entreg.adapters import probe, sparsify
 from entreg.errors import InputError
-from entreg.sparse import TokenSparsity
+from entreg.regularizer import Term
+from entreg.sparse import TokenMerging, TokenSparsity
+from entreg.training.penalties import Penalties, PenaltySettings
 from tests.adapters.small_models import KINDS, images, small_model
 
 
@@ -64,10 +68,34 @@ def test_wrong_layers_are_refused(layers):
         probe(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.xfail(strict=True, reason="the layer that 'previous' reads runs in parts: its output is not captured")
+@pytest.mark.parametrize("plan", [TokenSparsity(keep=5, before_layer=2, score_source="previous"), TokenMerging(3)])
+def test_block_outputs_are_captured_where_a_path_looks_into_the_block(plan):
+    model, x = small_model().train(), images()
+    penalties = Penalties({"ball": PenaltySettings("ball", Term(1.0), points="tokens", num_cells=4)})
+    with probe(model) as dense:
+        model(x)
+    penalties.prepare(dense.captures, seed=0)
+    with sparsify(model, plan), probe(model) as handle:
+        last = model.forward_features(x)
+    sizes = [17, 17, 6, 6] if isinstance(plan, TokenSparsity) else [14, 11, 8, 5]
+    assert [capture.tokens.shape for capture in handle.captures] == [(3, n, 32) for n in sizes]
+    assert torch.equal(model.norm(handle.captures[-1].tokens), last)
+    if isinstance(plan, TokenSparsity):
+        assert torch.equal(handle.captures[1].tokens, dense.captures[1].tokens)
+    penalty, _ = penalties(handle.captures, (), step=0)
+    penalty.backward()
+    assert all(block.mlp.fc2.weight.grad.abs().sum() > 0 for block in model.blocks)
+
+
 @torch.no_grad()
-def test_block_outputs_are_captured_beside_a_path_that_reads_the_previous_layer():
+def test_a_copy_of_the_model_does_not_report_to_the_probe():
     model = small_model()
-    with sparsify(model, TokenSparsity(keep=5, before_layer=2, score_source="previous")), probe(model) as handle:
-        model(images())
-    assert all(capture.tokens is not None for capture in handle.captures)
+    with probe(model) as handle:
+        other = copy.deepcopy(model)
+        model(images(2))
+        tokens = handle.captures[3].tokens
+        other(images(3))
+        assert [len(capture.queries) for capture in handle.captures] == [2] * 4
+        assert handle.captures[3].tokens is tokens
+        model.forward_intermediates(images(4))
+        assert [len(capture.queries) for capture in handle.captures] == [4] * 4

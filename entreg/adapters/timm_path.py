@@ -1,0 +1,317 @@
+"""A forward pass through the blocks of a timm ViT on the sparse path, with an explicit state per pass."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from entreg.adapters.budgets import Budgets, resolve_budgets
+from entreg.adapters.handles import Selection, SparsifyHandle
+from entreg.adapters.timm_blocks import BlockGuard, BlockInParts, SparseAttention, attention_dtype, projected
+from entreg.sparse import (
+    BlockSparsity,
+    ColumnSparsity,
+    TokenMerging,
+    TokenReduction,
+    TokenSparsity,
+    bipartite_merge,
+    bucket_by_budget,
+    drop_tokens,
+    entropy_budget,
+    fuse_tokens,
+    merge_tokens,
+    partition_tokens,
+    score_entries,
+    selection_scores,
+)
+from entreg.sparse.scores import sampled_positions
+
+# Groups in which images with budgets of their own are run.
+_BUCKETS = 4
+
+
+@dataclass
+class _State:
+    """What one forward pass knows beside the tokens.
+
+    Attributes:
+        tokens: original number of tokens.
+        keep: patch tokens that each plan in turn keeps; None where every image decides.
+        positions: (batch, m) original position of each token, kept while recording.
+        sizes: (batch, m) how many tokens each stands for; None while every one stands for itself.
+        biased: whether sizes bias the attention.
+        valid: (batch, m) bool, False for padding.
+        keys, queries: of the block before, (batch, heads, m, d), where a plan asks for them.
+    """
+
+    tokens: int
+    keep: tuple[int | None, ...]
+    positions: Tensor | None = None
+    sizes: Tensor | None = None
+    biased: bool = False
+    valid: Tensor | None = None
+    keys: Tensor | None = None
+    queries: Tensor | None = None
+
+    def key_bias(self) -> Tensor | None:
+        if self.biased and self.sizes is not None:
+            return self.sizes.log()
+        if self.valid is not None:
+            return torch.zeros(self.valid.shape, device=self.valid.device).masked_fill(~self.valid, -torch.inf)
+        return None
+
+    def of(self, images: Tensor) -> _State:
+        """The state of some of the images."""
+        chosen = {
+            name: None if value is None else value[images]
+            for name, value in vars(self).items()
+            if name not in ("tokens", "keep", "biased")
+        }
+        return _State(self.tokens, self.keep, biased=self.biased, **chosen)
+
+
+class SparseBlocks(nn.Sequential):
+    """The stock blocks under their own names, with tokens reduced between them.
+
+    Args:
+        blocks: the stock container, whose attention modules are already those of the path.
+        plans: all single plans, in order of application.
+        num_prefix: tokens that always stay.
+        handle: told what was chosen.
+        generator: of sampled queries and random scores.
+    """
+
+    def __init__(
+        self,
+        blocks: nn.Sequential,
+        plans: Sequence[ColumnSparsity | BlockSparsity | TokenSparsity | TokenMerging],
+        num_prefix: int,
+        handle: SparsifyHandle,
+        generator: torch.Generator | None,
+    ) -> None:
+        super().__init__()
+        self.__dict__.update(blocks.__dict__)
+        # In a tuple it is no submodule, so that names in the state dictionary stay.
+        self._stock = (blocks,)
+        self.plans = tuple(plans)
+        self.reductions = [plan for plan in plans if isinstance(plan, TokenSparsity)]
+        self.merging = next((plan for plan in plans if isinstance(plan, TokenMerging)), None)
+        self.num_prefix, self.generator, self.handle = num_prefix, generator, handle
+        self._budgets: dict[int, Budgets] = {}
+        read = {plan.before_layer - 1 for plan in self.reductions if plan.score_source == "previous"}
+        in_parts = range(len(self)) if self.merging is not None else sorted(read)
+        self._in_parts = {layer: BlockInParts(self[layer]) for layer in in_parts}
+        self._guard = BlockGuard()
+        self._guard_hook = self[0].register_forward_pre_hook(self._guard)
+
+    def restore(self) -> nn.Sequential:
+        """The stock container, with its stock attention modules; this one is of no use any more."""
+        (blocks,) = self._stock
+        # Children are shared; the swapped containers' own flags are not.
+        blocks.training = self.training
+        for block in blocks:
+            if isinstance(block.attn, SparseAttention):
+                block.attn = block.attn.stock()
+        self._guard_hook.remove()
+        return blocks
+
+    def budgets(self, num_tokens: int) -> Budgets:
+        """What the plans leave of a model's number of tokens, see :func:`resolve_budgets`."""
+        if num_tokens not in self._budgets:
+            self._budgets[num_tokens] = resolve_budgets(
+                self.plans, num_tokens=num_tokens, num_prefix=self.num_prefix, depth=len(self)
+            )
+        return self._budgets[num_tokens]
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        """A block; or some, in a plain container: they are not the path any more."""
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, n, c) to (batch, m, c)."""
+        budgets = self.budgets(x.shape[1])
+        self.handle.begin(budgets.attention)
+        state = _State(x.shape[1], budgets.keep)
+        if self.handle.record:
+            state.positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        return self._run(x, 0, state)
+
+    def _run(self, x: Tensor, first: int, state: _State) -> Tensor:
+        for layer in range(first, len(self)):
+            for plan, keep in zip(self.reductions, state.keep, strict=True):
+                if plan.before_layer == layer:
+                    x, budgets = self._reduce(x, layer, plan, keep, state)
+                    if budgets is not None:
+                        return self._run_buckets(x, layer, state, budgets)
+            x = self._block(x, layer, state)
+        return x
+
+    def _run_buckets(self, x: Tensor, layer: int, state: _State, budgets: Tensor) -> Tensor:
+        """The layers from here on for images of different budgets, similar ones together, without reducing again."""
+        parts = []
+        groups = bucket_by_budget(budgets, _BUCKETS)
+        for group in groups:
+            longest = int(budgets[group].max()) + self.num_prefix
+            own = state.of(group)
+            # Padding is at the end: a group of small budgets is cut, not masked.
+            for name in ("positions", "sizes", "valid"):
+                value = getattr(own, name)
+                setattr(own, name, None if value is None else value[:, :longest])
+            y = x[group][:, :longest]
+            for index in range(layer, len(self)):
+                y = self._block(y, index, own, weight=len(group) / len(x))
+            parts.append(F.pad(y, (0, 0, 0, x.shape[1] - longest)))
+        order = torch.cat(groups).argsort()
+        return torch.cat(parts)[order]
+
+    def _block(self, x: Tensor, layer: int, state: _State, weight: float = 1.0) -> Tensor:
+        if self.handle.counting:
+            self._count((x.shape[1] / state.tokens) ** 2 * weight)
+        bias = state.key_bias()
+        if bias is not None:
+            bias = bias.to(attention_dtype(x))
+        if layer == 0:
+            self._guard.admit()
+        if layer not in self._in_parts:
+            block = self[layer]
+            return block(x) if bias is None else block(x, attn_mask=bias[:, None, None])
+
+        def between(x: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+            state.queries, state.keys = queries, keys
+            return x if self.merging is None else self._merge(x, layer, self.merging, state)
+
+        return self._in_parts[layer](x, bias, between)
+
+    def _merge(self, x: Tensor, layer: int, plan: TokenMerging, state: _State) -> Tensor:
+        r = plan.r if isinstance(plan.r, int) else plan.r[layer]
+        x, reduction = bipartite_merge(x, state.keys.mean(1), r, num_prefix=self.num_prefix, sizes=state.sizes)
+        self._adopt(reduction, layer, state, biased=plan.proportional_attention)
+        return x
+
+    def _reduce(
+        self, x: Tensor, layer: int, plan: TokenSparsity, keep: int | Tensor | None, state: _State
+    ) -> tuple[Tensor, Tensor | None]:
+        """Fewer tokens by one plan; and the budgets of the images if they differ."""
+        n, p = x.shape[1], self.num_prefix
+        patches = n - p
+        if isinstance(keep, int) and keep >= patches and plan.score != "gate":
+            return x, None
+        handle = self.handle
+        keys = self._keys(x, layer, plan, state)
+        scores = self._scores(x, layer, plan, state, keys)
+        if plan.score == "gate":
+            gate = scores[:, p:]
+            handle.gates.append(gate)
+            x = torch.cat((x[:, :p], x[:, p:] * gate.unsqueeze(-1).to(x.dtype)), 1)
+        if handle.counting:
+            entries = score_entries(plan.score, n, n, num_prefix=p, num_sampled_queries=plan.num_sampled_queries)
+            self._count(entries / state.tokens**2)
+        if plan.entropy_budget is not None:
+            keep = entropy_budget(scores, plan.entropy_budget, num_prefix=p)
+        budgets = keep if isinstance(keep, Tensor) else None
+        keep = keep if budgets is not None else min(keep, patches)
+        if plan.reduction == "drop":
+            reduced, reduction = drop_tokens(
+                x, scores, keep, num_prefix=p, sizes=state.sizes, straight_through=plan.straight_through
+            )
+        elif plan.reduction == "merge":
+            reduced, reduction = merge_tokens(
+                x,
+                scores,
+                keep,
+                num_prefix=p,
+                features=keys.transpose(1, 2).flatten(2),
+                sizes=state.sizes,
+                straight_through=plan.straight_through,
+            )
+        elif plan.reduction == "partition":
+            reduced, reduction = partition_tokens(
+                x,
+                scores,
+                keep,
+                num_prefix=p,
+                features=keys.mean(1),
+                sharpness=plan.sharpness,
+                anchors=plan.anchors,
+            )
+        else:
+            reduced, reduction = fuse_tokens(x, scores, keep, num_prefix=p)
+        weighted = plan.reduction in ("merge", "partition") and plan.proportional_attention
+        self._adopt(reduction, layer, state, biased=weighted)
+        return reduced, budgets
+
+    def _adopt(self, reduction: TokenReduction, layer: int, state: _State, *, biased: bool) -> None:
+        """Carry the state over to the reduced tokens, and report."""
+        state.sizes, state.biased, state.valid = reduction.sizes, biased or state.biased, reduction.valid
+        handle = self.handle
+        if not handle.record:
+            return
+        kept = state.positions.gather(1, reduction.kept.clamp_min(0)).masked_fill(reduction.kept < 0, -1)
+        scores = None
+        if reduction.scores is not None:
+            empty = reduction.scores.new_zeros(len(kept), state.tokens)
+            scores = empty.scatter(1, state.positions.clamp_min(0), reduction.scores)
+        handle.selections.append(Selection(layer, kept=kept, scores=scores, assignment=reduction.assignment))
+        state.positions = kept
+
+    def _keys(self, x: Tensor, layer: int, plan: TokenSparsity, state: _State) -> Tensor | None:
+        """(batch, heads, n, d) keys of the layer that scores and features come from."""
+        if plan.score_source == "previous":
+            return state.keys
+        if plan.score in ("magnitude", "random", "gate") and plan.reduction in ("drop", "fuse"):
+            return None
+        return projected(self[layer], self[layer].norm1(x), 1)
+
+    def _scores(self, x: Tensor, layer: int, plan: TokenSparsity, state: _State, keys: Tensor | None) -> Tensor:
+        """(batch, n) score of every token, mean over the heads."""
+        n, p = x.shape[1], self.num_prefix
+        if plan.score == "gate":
+            gate = torch.sigmoid(self.handle.gate[str(layer)](x[:, p:]).squeeze(-1).float())
+            return torch.cat((gate.new_ones(len(x), p), gate), 1)
+        if plan.score == "magnitude":
+            return torch.linalg.vector_norm(x.float(), dim=-1)
+        if plan.score == "random":
+            draws = torch.rand(len(x), n, generator=self.generator)
+            return draws.to(x.device)
+        scale = self[layer].attn.scale
+        sampled = plan.num_sampled_queries
+        if plan.score_source == "previous" or plan.score == "part":
+            own = plan.score_source == "own"
+            scores = selection_scores(
+                projected(self[layer], self[layer].norm1(x), 0) if own else state.queries,
+                keys,
+                plan.score,
+                num_prefix=p,
+                num_sampled_queries=sampled,
+                scale=scale,
+                features=x,
+                generator=self.generator,
+            )
+            return scores.mean(1)
+        # Queries are projected for the rows that are looked at, and for no others.
+        rows = torch.arange(n) if sampled is None or sampled >= n else sampled_positions(n, sampled, self.generator)
+        if plan.score == "prefix":
+            rows = rows[:0]
+        rows = torch.cat((torch.arange(p), rows)).to(x.device)
+        attended = self[layer].norm1(x[:, rows])
+        queries = projected(self[layer], attended, 0)
+        received = None
+        if plan.score != "prefix":
+            received = selection_scores(queries[:, :, p:], keys, "received", num_sampled_queries=None, scale=scale)
+        if plan.score == "received" or p == 0:
+            return received.mean(1)
+        prefix = selection_scores(queries[:, :, :p], keys, "prefix", num_prefix=p, scale=scale)
+        if plan.score == "prefix":
+            return prefix.mean(1)
+        return 0.5 * (received + prefix).mean(1)
+
+    def _count(self, entries: float) -> None:
+        """Adds computed score entries, in units of one dense layer."""
+        self.handle.computed_entries.append(entries)
