@@ -10,7 +10,7 @@ from torch import nn
 from entreg.cli import nearest
 from entreg.compat import ensure_torchvision
 from entreg.errors import AssetError, ConfigError
-from entreg.training.checkpoints import load_model_weights
+from entreg.weights import load_weights
 
 
 def vision_model(
@@ -59,5 +59,5 @@ def vision_model(
             if hasattr(module, "fused_attn"):
                 module.fused_attn = fused_attention
     if checkpoint is not None:
-        load_model_weights(model, checkpoint)
+        load_weights(model, checkpoint)
     return model

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from entreg.atomic import folder_atomic
 from entreg.errors import AssetError, ConfigError, InputError, OutputError
+from entreg.weights import load_weights, put_weights
 
 MODEL, AVERAGED, TRAINING, STATE = "model.safetensors", "averaged.safetensors", "training.safetensors", "state.json"
 _FORMAT = 1
@@ -175,32 +176,9 @@ def load_model_weights(model: nn.Module, source: str | Path) -> None:
         checkpoint = read_checkpoint(path) if (path / STATE).exists() else latest_checkpoint(path / "checkpoints")
         if checkpoint is None:
             raise AssetError(f"There is no checkpoint in {path}; name a safetensors file or the folder of a run.")
-        weights = checkpoint.averaged or checkpoint.model
+        put_weights(model, checkpoint.averaged or checkpoint.model, path)
     else:
-        try:
-            weights = load_file(path)
-        except FileNotFoundError as error:
-            raise AssetError(f"There are no weights at {path}; name a safetensors file or a run's folder.") from error
-        except (OSError, SafetensorError) as error:
-            raise AssetError(f"The weights at {path} cannot be read: {error}; make them anew.") from error
-    difference = weights_difference(model, weights)
-    if difference:
-        raise AssetError(f"The weights at {path} are not of this model: {difference}.")
-    model.load_state_dict(weights)
-
-
-def weights_difference(model: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
-    """The first difference in names or shapes between a model and weights, in words; None when they fit."""
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    for name in [*wanted, *found]:
-        if name not in found:
-            return f"'{name}' is missing"
-        if name not in wanted:
-            return f"the model has no '{name}'"
-        if wanted[name] != found[name]:
-            return f"'{name}' has shape {found[name]}, the model's has {wanted[name]}"
-    return None
+        load_weights(model, path)
 
 
 def _folders(root: Path) -> list[Path]:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from entreg.compat import ensure_torchvision
 from entreg.errors import ConfigError
-from entreg.training.checkpoints import Checkpoint, save_checkpoint, weights_difference
+from entreg.training.checkpoints import Checkpoint, save_checkpoint
 from entreg.training.progress import LossMeter
 from entreg.training.settings import TrainingSettings
+from entreg.weights import weights_difference
 
 _SCHEDULES = {"cosine": "cosine", "linear": "poly", "constant": "step"}
 """timm's names: a polynomial of power 1, and steps that change nothing."""
