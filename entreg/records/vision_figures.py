@@ -82,7 +82,7 @@ def settings_figure(records: Records) -> Figure | None:
         _dense_line(axes, study)
         _method_rows(axes, methods, longest)
         axes.set_xlim(_limits(value for method in methods for value in study.values(method, plan)))
-        axes.set_title(_setting_title(study, plan), loc="left")
+        axes.set_title(_setting_title(study, plan), loc="left", fontsize=10)
         axes.set_xlabel("test accuracy per answer, %")
     present = {kind_of(method) for methods in by_plan.values() for method in methods}
     _kind_legend(figure, [kind for kind in KINDS if kind in present])
@@ -150,7 +150,7 @@ def _setting_title(study: VisionStudy, plan: str) -> str:
     record = next(r for r in study.records.values() if any(row["plan"] == plan for row in r["rows"]))
     settings = record["config"]["evaluation"]["plans"][plan]
     sparsity = next(row["sparsity"] for row in record["rows"] if row["plan"] == plan)
-    tokens = f"{settings['keep']} tokens" if "keep" in settings else "fewer tokens"
+    tokens = f"{settings['keep']} tokens" if settings.get("keep") is not None else "fewer tokens"
     return f"Setting {SETTINGS[plan]}: {tokens} from layer {settings['before_layer']} on, {100 * sparsity:.0f} % sparse"
 
 
@@ -225,7 +225,9 @@ def _curve(axes: Axes, study: VisionStudy, plan: str, role: str, method: str) ->
         points.append((realised, study.values(method, plan, level=level)))
     left = [1.0 - sparsity for sparsity, _ in points]
     estimates = [mean_and_interval([100 * value for value in values]) for _, values in points]
-    name = role if role == "plain" else f"{role}: {label(method)}"
+    letter = _parted(method)[1]
+    name = method_words(method) + (f", setting {letter.upper()}" if letter else "")
+    name = f"best rival: {name}" if role == "best rival" else name
     axes.plot(left, [one.mean for one in estimates], color=color, marker=marker, label=name, zorder=3)
     if all(one.interval for one in estimates):
         low, high = zip(*(one.interval for one in estimates), strict=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from entreg.records.figures import new_figure, register_figure
 from entreg.records.vision_figures import method_words
-from entreg.records.vision_study import VisionStudy
+from entreg.records.vision_tables import main_study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,10 +29,10 @@ def overlays_figure(records: list[dict[str, Any]]) -> Figure | None:
     Dropped patches fade; those that a partition merges have the hue of the representative that stands for them, the
     stronger the more mass they have. Numbers at the corners are the model's answers.
     """
-    study = VisionStudy([record for record in records if "overlays" in record["metrics"]])
-    shown = {method: study.records[method, study.seeds(method)[0]]["metrics"]["overlays"] for method in study.methods}
-    if not shown:
+    study = main_study([record for record in records if "overlays" in record["metrics"]])
+    if study is None:
         return None
+    shown = {method: study.records[method, study.seeds(method)[0]]["metrics"]["overlays"] for method in study.methods}
     scenes = next(iter(shown.values()))
     count = len(scenes["image"])
     columns = 1 + len(shown)

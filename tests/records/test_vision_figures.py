@@ -40,6 +40,7 @@ def record(method, seed, rows, experiment="vit/digit_scenes", metrics=()):
     return {
         "id": f"{experiment}-{method}-{seed}",
         "experiment": experiment,
+        "scale": "offline",
         "utc": "2026-01-01T00:00:00Z",
         "seed": seed,
         "config": {"method": method, "evaluation": {"plans": PLANS}},
@@ -139,7 +140,7 @@ def test_kinds_and_words_follow_from_the_names():
 
 def test_curves_choose_rival_and_ours_on_validation():
     (axes,) = curves_figure(curve_records()).axes
-    labels = ["plain", "best rival: L1 gate", "best of ours: ours a"]
+    labels = ["plain", "best rival: L1 gate", "ours, setting A"]
     assert [line.get_label() for line in axes.lines] == labels
     assert [text.get_text() for text in axes.get_legend().get_texts()] == labels
     for line, value in zip(axes.lines, (0.4, 0.5, 0.75), strict=True):
@@ -167,7 +168,7 @@ def test_a_curve_needs_both_splits_and_every_level():
     for one, split in zip(records[1:3], ("validation", "test"), strict=True):
         one["rows"] = [r for r in one["rows"] if r["split"] != split or r["level"] != 0.9]
     (axes,) = curves_figure(records).axes
-    assert [line.get_label() for line in axes.lines] == ["plain", "best of ours: ours a"]
+    assert [line.get_label() for line in axes.lines] == ["plain", "ours, setting A"]
 
 
 def test_no_figure_without_what_it_shows():

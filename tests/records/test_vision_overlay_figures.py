@@ -22,6 +22,7 @@ def overlay_record(method, plan, *, labels=((1, 2, 3, 4),), image=None, mask=((0
     return {
         "id": f"vit/overlays-{method}",
         "experiment": "vit/overlays",
+        "scale": "offline",
         "utc": "2026-01-01T00:00:00Z",
         "seed": 0,
         "config": {"method": method},
