@@ -191,6 +191,40 @@ def masks(records: list[dict[str, Any]]) -> Table | None:
     )
 
 
+@register_table("vision-sensitivity", experiments=("vit/sensitivity",))
+def sensitivity(records: list[dict[str, Any]]) -> Table | None:
+    """Every variant of the sensitivity study: accuracy dense and in setting A, on validation scenes."""
+    study = main_study(records)
+    if study is None:
+        return None
+    rows = []
+    for method in study.methods:
+        dense = study.values(method, "dense", split="validation")
+        sparse = study.values(method, "setting_a", split="validation")
+        if dense and sparse:
+            choice = study.best_choice(method, "setting_a")
+            rows.append(
+                [
+                    label(method),
+                    points(mean_and_interval(dense)),
+                    points(mean_and_interval(sparse)),
+                    ", ".join(word for word in choice if word),
+                    len(dense),
+                ]
+            )
+    if not rows:
+        return None
+    return Table(
+        "vision-sensitivity",
+        "Sensitivity to the settings of what is regularised and of our plan, one factor at a time",
+        ["variant", "dense", "setting A", "tokens are, by score", "seeds"],
+        rows,
+        notes=["Validation accuracy per answer in per cent after 100 further steps; names say what differs."],
+        align="lrrlr",
+        record_ids=study.record_ids,
+    )
+
+
 @register_table("cifar-mce", experiments=("cifar/",))
 def mce(records: list[dict[str, Any]]) -> Table | None:
     """Clean accuracy and mean corruption error, dense and sparse."""
