@@ -43,6 +43,7 @@ RECORDED_DISTRIBUTIONS = (
     "hydra-optuna-sweeper",
     "shapely",
     "opencv-python-headless",
+    "pillow",
     "shull",
     "triangle",
     "scikit-learn",
