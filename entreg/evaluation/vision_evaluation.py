@@ -72,6 +72,8 @@ def check_evaluation(config: Mapping[str, Any]) -> None:
             raise ConfigError(f"evaluation.robustness.severities must be some of 1 to 5, got {severities}")
     for mapping in mappings:
         sparsity_from_mapping(mapping)
+    if config.get("overlays") is not None and "test" not in config["splits"]:
+        raise ConfigError("evaluation.overlays shows scenes of the split test; add it to evaluation.splits")
     if config["precision"] not in PRECISIONS:
         raise ConfigError(f"evaluation.precision must be {' or '.join(PRECISIONS)}, got '{config['precision']}'")
     if config["batch_size"] < 1 or (config["limit"] is not None and config["limit"] < 1):

@@ -24,7 +24,7 @@ def report(records: Sequence[Mapping[str, Any]], store: str | Path, reference: s
     Returns:
         Text for a terminal.
     """
-    parts = filled_tables(records, prefix="vision-")
+    parts = [text for prefix in ("vision-", "cifar-") for text in filled_tables(records, prefix=prefix)]
     here = [{**record, "method": record["config"]["method"]} for record in records if "method" in record["config"]]
     parts += comparison(
         here, store, reference, KEYS, "top1", title="Accuracies here and in the reference", text=percent, tolerance=0.02

@@ -228,6 +228,7 @@ def test_a_mean_over_some_severities_is_not_called_mean_corruption_error(planted
     [
         ({"precision": "float16"}, "precision must be float32 or bfloat16"),
         ({"batch_size": 0}, "at least 1"),
+        ({"splits": ["validation"], "overlays": 2}, "split test"),
         ({"limit": 0}, "at least 1"),
         ({"plans": {"a": {"kind": "tokenz"}}}, "tokenz"),
         ({"plans": {"a": {"kind": "tokens", "keep": 4, "kep": 3}}}, "kep"),
