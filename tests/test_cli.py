@@ -14,7 +14,7 @@ SCRIPT = """
     from entreg.cli import hydra_main
     from entreg.errors import InputError
 
-    @hydra_main("main", config_path=Path(__file__).parent / "configs")
+    @hydra_main("main", config_path=Path(__file__).parent / "configs", checked=["options"])
     def main(config):
         if config.mode == "input":
             raise InputError("n must be\\n positive.")
@@ -29,7 +29,7 @@ SCRIPT = """
         if config.mode == "part":
             import hydra
             hydra.utils.instantiate(config.part)
-        print("ran", config.data.name, config.count)
+        print("ran", config.data.name, config.count, *config.options)
 
     if __name__ == "__main__":
         main()
@@ -43,6 +43,7 @@ MAIN = """
     mode: plain
     needed: ???
     net: {width: 4}
+    options: {}
     part: {_target_: collections.Counter, _args_: [abc]}
     hydra:
       output_subdir: null
@@ -78,6 +79,11 @@ def test_a_good_run_says_nothing_on_standard_error(project):
     assert (result.returncode, result.stdout, result.stderr) == (0, "ran disk 5\n", "")
 
 
+def test_a_part_that_its_reader_checks_takes_new_keys(project):
+    result = run(project, "+options.depth=2")
+    assert (result.returncode, result.stdout) == (0, "ran square 3 depth\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -87,6 +93,7 @@ def test_a_good_run_says_nothing_on_standard_error(project):
         (["dta=disk"], "There is no configuration key or group 'dta'; did you mean 'data'?"),
         (["cuont=5"], "There is no configuration key or group 'cuont'; did you mean 'count'?"),
         (["net.widht=5"], "There is no configuration key or group 'net.widht'; did you mean 'net.width'?"),
+        (["options={depth: 2}"], "'options' has no such key; add one with +options.<key>=<value>."),
         (["+net.widht=5"], "Nothing reads the configuration key 'net.widht'; did you mean 'net.width'?"),
         (["--config-name", "mian"], "There is no configuration 'mian'; did you mean 'main'?"),
         (["count"], "The override 'count' cannot be read"),
