@@ -279,8 +279,8 @@ def corruptions_figure(records: Records) -> Figure | None:
         tick.set_color("#888888" if corruption in EXTRA_CORRUPTIONS else "black")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("error, %, mean over five severities and the seeds (dashed: mean corruption error)")
-    axes.set_title("Error by corruption, dense (grey names do not count in the mean)", loc="left")
+    axes.set_xlabel("error, %, over severities and seeds (dashed: mean corruption error)")
+    axes.set_title("Error by corruption, dense; grey names do not count in the mean", loc="left")
     figure.legend(loc="outside lower center", ncols=len(errors))
     return figure
 
