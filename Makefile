@@ -99,6 +99,11 @@ tables: $(STAMP) ## rebuild tables, figures and the README's claims table from t
 check-tables: $(STAMP) ## fail when the committed tables differ from what the committed records give
 	$(BIN)/python scripts/tables.py --check
 
+.PHONY: notebooks
+notebooks: $(STAMP) ## run the notebooks on the reference records; executed copies go to outputs/notebooks
+	@mkdir -p outputs/notebooks
+	$(BIN)/jupyter execute --output='../outputs/notebooks/{notebook_name}' notebooks/*.ipynb
+
 .PHONY: test
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -m "not exhaustive"
