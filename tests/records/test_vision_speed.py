@@ -26,7 +26,7 @@ from entreg.records.vision_speed_tables import (
 )
 
 PLANS = {
-    "tokens_80": {"kind": "tokens", "sparsity": 0.8},
+    "partition_80": {"kind": "tokens", "sparsity": 0.8, "reduction": "partition"},
     "tokens_90": {"kind": "tokens", "sparsity": 0.9},
     "columns_80": {"kind": "columns", "sparsity": 0.8},
 }
@@ -34,8 +34,8 @@ PLANS = {
 SECONDS = {
     ("dense", False): 10.0,
     ("dense", True): 8.0,
-    ("tokens_80", False): 5.0,
-    ("tokens_80", True): 4.0,
+    ("partition_80", False): 5.0,
+    ("partition_80", True): 4.0,
     ("tokens_90", True): 2.0,
     ("columns_80", False): 9.0,
     ("columns_80", True): 7.5,
@@ -156,7 +156,7 @@ def test_claims_on_speed_are_ratios_of_the_four_cells_at_80_percent():
 def test_without_a_plan_at_that_sparsity_there_is_no_verdict():
     record = speed_record()
     for row in record["rows"]:
-        if row["method"] == "tokens_80":
+        if row["method"] == "partition_80":
             row["realised_sparsity"] = 0.7
     assert fused_speedup([record]) is None
     assert amortisation([record, cost_record()]) is None
@@ -225,7 +225,7 @@ def test_verdicts_follow_from_the_rules():
 
 def test_the_four_cells_stand_in_one_row():
     text = four_cells([speed_record()]).to_markdown()
-    line = next(line for line in text.splitlines() if "tokens: tokens dropped, 80 %" in line)
+    line = next(line for line in text.splitlines() if "tokens: tokens, soft partition, 80 %" in line)
     for part in ("10.0 s", "8.00 s (1.25x)", "5.00 s (2.00x)", "4.00 s (2.50x)", "| 2.00x |", "1.50x", "3.00x"):
         assert part in line
     assert "columns only: key columns, 80 %" in text
@@ -242,7 +242,7 @@ def test_all_plans_are_listed_and_rivals_meet_the_nearest_plan():
     (row,) = equal_throughput([record]).rows
     # 6.0 s lies nearer to the 7.5 s of the columns, but those keep all tokens.
     assert row[2] == "token merging (ToMe), r = 8"
-    assert row[6] == "tokens dropped, 80 %"
+    assert row[6] == "tokens, soft partition, 80 %"
     without = copy.deepcopy(record)
     without["rows"] = [row for row in without["rows"] if row["role"] == "baseline"]
     assert equal_throughput([without]) is None
