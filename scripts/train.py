@@ -10,7 +10,8 @@ python scripts/train.py -m regularizer=key_entropy,row_entropy,none seed=0,1,2  
 from omegaconf import DictConfig, OmegaConf
 
 from entreg.cli import command_line, hydra_main
-from entreg.evaluation.vision_experiment import CHECKED, plan_run, run_all
+from entreg.evaluation.studies import run_all
+from entreg.evaluation.vision_experiment import CHECKED, plan_run
 from entreg.evaluation.vision_report import report
 
 

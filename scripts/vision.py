@@ -10,7 +10,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from entreg.cli import command_line, hydra_main
-from entreg.evaluation.vision_experiment import CHECKED, plan_run, run_all, study_configs
+from entreg.evaluation.studies import run_all, study_configs
+from entreg.evaluation.vision_experiment import CHECKED, plan_run
 from entreg.evaluation.vision_report import report
 
 

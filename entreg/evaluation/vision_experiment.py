@@ -9,32 +9,27 @@ One run is one record; a run that has a record is skipped, a killed one goes on 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from entreg.adapters import probe, sparsify, vision_model
 from entreg.atomic import require_writable
 from entreg.data.vision_sets import describe_dataset
 from entreg.errors import ConfigError
+from entreg.evaluation.studies import NOT_RECORDED, chosen_device, last_step, scaled_trainer
 from entreg.evaluation.vision_evaluation import check_evaluation, evaluate_everything, open_datasets
 from entreg.records.record import config_hash, new_record
-from entreg.records.store import RecordStore
 from entreg.sparse import sparsity_from_mapping
 from entreg.training.checkpoints import load_model_weights
 from entreg.training.curriculum import CellCurriculum, CurriculumSettings
 from entreg.training.loop import TrainingSettings, train, training_settings_from_mapping
 from entreg.training.penalties import Penalties, penalty_from_mapping
 from entreg.training.vision import VisionObjective, frozen_copy, prepare_penalties
-
-# What does not decide a run's result.
-_NOT_RECORDED = ("store", "checkpoints", "resume", "force", "study", "profile")
 
 CHECKED = ("data", "model.options", "sparsity", "regularizer.penalties", "evaluation.plans")
 """Parts of the configuration to which the command line may add keys: unknown ones are refused here or by timm."""
@@ -65,6 +60,10 @@ class VisionRun:
         base = {**self.config["base"], "trainer": _settings(self, "base").deciding()}
         return {**{key: self.config[key] for key in ("data", "model", "seed", "device")}, "base": base}
 
+    def make_record(self, command: str) -> dict[str, Any]:
+        """See :func:`run_vision`."""
+        return run_vision(self, command)
+
 
 def plan_run(config: Mapping[str, Any]) -> VisionRun:
     """The run that a configuration asks for, with every part checked that can be before anything slow starts.
@@ -76,14 +75,14 @@ def plan_run(config: Mapping[str, Any]) -> VisionRun:
         ConfigError: an unknown key or an impossible value in any part; a device that is not there.
     """
     profile = config["profile"]
-    kept = {key: value for key, value in config.items() if key not in _NOT_RECORDED}
+    kept = {key: value for key, value in config.items() if key not in NOT_RECORDED}
     scale = profile["training_scale"]
-    kept["base"] = {**kept["base"], "trainer": _scaled(kept["base"]["trainer"], scale)}
-    kept["trainer"] = _scaled(kept["trainer"], scale)
+    kept["base"] = {**kept["base"], "trainer": scaled_trainer(kept["base"]["trainer"], scale)}
+    kept["trainer"] = scaled_trainer(kept["trainer"], scale)
     limit = profile.get("max_images")
     if limit is not None:
         kept["evaluation"] = {**kept["evaluation"], "limit": min(limit, kept["evaluation"]["limit"] or limit)}
-    kept["device"] = _device(config["device"])
+    kept["device"] = chosen_device(config["device"])
     kept["scale"] = profile["name"]
     run = VisionRun(kept, Path(config["checkpoints"]), config["resume"])
     _settings(run, "trainer")
@@ -94,55 +93,6 @@ def plan_run(config: Mapping[str, Any]) -> VisionRun:
         raise ConfigError("the penalty l1_gate needs a sparse path with score: gate in training, such as sparsity=gate")
     check_evaluation(kept["evaluation"])
     return run
-
-
-def study_configs(config: DictConfig, overrides: Sequence[str]) -> list[dict[str, Any]]:
-    """The resolved configuration of every method and seed of a study, seeds outermost.
-
-    Each is composed anew with the same overrides, the method's own and the seed, so that a study is nothing but many
-    single runs. Hydra must be initialised.
-
-    Args:
-        config: composed from ``configs/train.yaml`` with an experiment that has ``study.methods``.
-        overrides: those it was composed with.
-
-    Raises:
-        ConfigError: the experiment has no methods.
-    """
-    methods = OmegaConf.to_container(config.study.methods, resolve=True)
-    allowed = config.profile.get("methods")
-    names = [name for name in methods if allowed is None or name in allowed] or list(methods)[:1]
-    if not names:
-        raise ConfigError(f"experiment {config.name} has no study.methods; run it with scripts/train.py")
-    seeds = config.profile.seeds if config.study.seeds is None else config.study.seeds
-    composed = [
-        hydra.compose("train", [*overrides, *methods[name], f"method={name}", f"seed={seed}"])
-        for seed in seeds
-        for name in names
-    ]
-    return [OmegaConf.to_container(one, resolve=True) for one in composed]
-
-
-def run_all(runs: list[VisionRun], *, store: str | Path, command: str, force: bool = False) -> list[dict[str, Any]]:
-    """Run what has no record yet and save each record as soon as it is there.
-
-    Returns:
-        The records in the order of ``runs``, old ones included.
-
-    Raises:
-        OutputError: a record or checkpoint cannot be written.
-    """
-    require_writable(store)
-    records = RecordStore(store)
-    result = []
-    for number, run in enumerate(runs, 1):
-        record = None if force else records.find(run.experiment, run.config)
-        if record is None:
-            print(f"run {number} of {len(runs)}: {run.experiment} {run.config['method']} seed {run.config['seed']}")
-            record = run_vision(run, command)
-            records.save(record)
-        result.append(record)
-    return result
 
 
 def run_vision(run: VisionRun, command: str) -> dict[str, Any]:
@@ -253,11 +203,7 @@ def _train_further(run: VisionRun, model: nn.Module, dataset: Any) -> tuple[nn.M
             if handle is not None:
                 handle.remove()
     gate = None if sparse is None else sparse.gate
-    return gate, {"training_seconds": result.seconds, "training_steps": result.steps, **_last(result.history)}
-
-
-def _last(history: list[Mapping[str, Any]]) -> dict[str, Any]:
-    return {"last_step": dict(history[-1])} if history else {}
+    return gate, {"training_seconds": result.seconds, "training_steps": result.steps, **last_step(result.history)}
 
 
 def _penalties(run: VisionRun) -> Penalties:
@@ -279,23 +225,3 @@ def _curriculum_settings(run: VisionRun) -> CurriculumSettings | None:
 def _settings(run: VisionRun, which: str) -> TrainingSettings:
     values = run.config["trainer"] if which == "trainer" else run.config["base"]["trainer"]
     return training_settings_from_mapping({**values, "seed": run.config["seed"]})
-
-
-def _scaled(trainer: Mapping[str, Any], factor: float) -> dict[str, Any]:
-    """The same training with its steps multiplied by the profile's factor."""
-    scaled = dict(trainer)
-    for key in ("steps", "warmup_steps"):
-        scaled[key] = round(trainer[key] * factor)
-    if trainer["steps"] > 0:
-        scaled["steps"] = max(1, scaled["steps"])
-    return scaled
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise ConfigError(f"device must be auto, cpu or cuda, got '{name}'")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda, but torch sees no CUDA device")
-    return name

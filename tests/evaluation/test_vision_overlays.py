@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 from entreg.adapters import sparsify, vision_model
 from entreg.data.scenes import ClutteredDigits, DigitScenes
 from entreg.errors import ConfigError
+from entreg.evaluation.studies import study_configs
 from entreg.evaluation.vision_evaluation import evaluate_everything, expand_plans
-from entreg.evaluation.vision_experiment import plan_run, study_configs
+from entreg.evaluation.vision_experiment import plan_run
 from entreg.evaluation.vision_overlays import overlays
 from entreg.records.record import to_plain
 from entreg.sparse import sparsity_from_mapping

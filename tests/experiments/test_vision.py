@@ -13,7 +13,8 @@ from entreg.cli import CONFIGS
 from entreg.data.corruptions import CORRUPTIONS
 from entreg.errors import AssetError, ConfigError
 from entreg.evaluation import vision_experiment
-from entreg.evaluation.vision_experiment import plan_run, run_all, study_configs
+from entreg.evaluation.studies import run_all, study_configs
+from entreg.evaluation.vision_experiment import plan_run
 from entreg.evaluation.vision_report import report
 from entreg.records.store import RecordStore
 from tests.data.official_layouts import random_pixels, write_cifar100, write_corruptions, write_image_folder
