@@ -8,6 +8,7 @@ training loop can lower.
 """
 
 from entreg.entropy.attention import (
+    attention_block_entropy,
     attention_key_entropy,
     attention_received,
     attention_row_entropy,
@@ -35,6 +36,7 @@ __all__ = [
     "HullPartition",
     "PartKind",
     "annealed_sharpness",
+    "attention_block_entropy",
     "attention_key_entropy",
     "attention_received",
     "attention_row_entropy",

@@ -1,13 +1,15 @@
 """Entropies of an attention matrix, from queries and keys, never holding all of its n x m entries.
 
-Attention is P = softmax(scale q k^T), row i the distribution of query i over the keys. Two entropies per head, in
+Attention is P = softmax(scale q k^T), row i the distribution of query i over the keys. Three entropies per head, in
 nats:
 
 * the **row entropy**, mean_i H(P_i): how many keys a query uses;
+* the **block entropy**, the same of the row's mass summed over blocks of consecutive keys: how many key blocks a query
+  uses, which is what a block-sparse path pays for; at most the row entropy;
 * the **key entropy**, H(mean_i P_i): how many keys the head uses at all, an upper bound of the row entropy.
 
-exp of an entropy is an *effective support*, a number of keys. (The paper speaks of the entropy of attention patterns
-without saying which; both are our reading.)
+exp of an entropy is an *effective support*, a number of keys or blocks. (The paper speaks of the entropy of attention
+patterns without saying which; all are our reading.)
 
 Rows are processed in chunks that are recomputed in the backward pass. With ``num_sampled_queries`` only that many
 rows are looked at, drawn without replacement, the same positions for every head (and, without masks, for every
@@ -22,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from entreg.entropy.soft_partition import entropy_of_masses
@@ -91,15 +94,76 @@ def attention_row_entropy(
         num_sampled_queries=num_sampled_queries,
         query_indices=query_indices,
         generator=generator,
-        minimum_keys=2 if normalize else 1,
+        minimum=2 if normalize else 1,
     )
 
     def summed(logits: Tensor, weights: Tensor, lengths: Tensor) -> Tensor:
-        log_probabilities = torch.log_softmax(logits, dim=-1)
-        entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
-        if normalize:
-            entropy = entropy / torch.log(lengths.clamp_min(2).to(entropy.dtype))
-        return (entropy * weights.to(entropy.dtype)).sum(-1)
+        return _row_entropies(logits, weights, lengths, normalize)
+
+    result = _sum_over_rows(q, k, rows, summed, scale, chunk_size)
+    _require_finite(result, check_finite)
+    return result
+
+
+def attention_block_entropy(
+    q: Tensor,
+    k: Tensor,
+    *,
+    block_size: int,
+    causal: bool = False,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    num_sampled_queries: int | None = None,
+    query_indices: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    normalize: bool = False,
+    chunk_size: int | None = None,
+    check_finite: bool = True,
+) -> Tensor:
+    """Mean over the query rows of the entropy of their attention mass per block of keys, for each head.
+
+    Blocks are ``block_size`` consecutive keys, counted from key 0; the last one may be shorter. exp of a row's value
+    is the number of key blocks that the query uses: what a block-sparse path pays for (our choice; the paper does not
+    say). By the chain rule of entropy a row's entropy is that of its blocks plus the mean, over its mass, of the
+    entropy within a block, so for each head
+
+        H_block <= H_row <= H_block + log(block_size),
+
+    with H_block = H_row at block_size 1 and H_block = 0 when one block holds all keys. Exact by default; with
+    ``num_sampled_queries`` an unbiased estimate of the exact value.
+
+    Args:
+        block_size: keys per block, at least 1.
+        normalize: divide each row's entropy by log(number of blocks with a key that it may attend to), so that every
+            row lies in [0, 1]; rows with a single block, whose entropy is 0 whatever the model does, are then left
+            out, and every batch element needs a row with two.
+
+    Other arguments and errors as in :func:`attention_row_entropy`.
+
+    Returns:
+        (batch, heads) nats, or fractions of the maximum if ``normalize``; float32 or float64.
+    """
+    if not isinstance(block_size, int) or block_size < 1:
+        raise InputError(f"block_size must be a whole number of at least 1, got {block_size}")
+    rows = _select_rows(
+        q,
+        k,
+        causal=causal,
+        key_mask=key_mask,
+        query_mask=query_mask,
+        num_sampled_queries=num_sampled_queries,
+        query_indices=query_indices,
+        generator=generator,
+        block_size=block_size,
+        minimum=2 if normalize else 1,
+    )
+
+    def summed(logits: Tensor, weights: Tensor, lengths: Tensor) -> Tensor:
+        padded = F.pad(logits, (0, -logits.shape[-1] % block_size), value=torch.finfo(logits.dtype).min)
+        # The logits of the blocks: masses then never underflow to an entropy without gradient.
+        blocks = padded.unflatten(-1, (-1, block_size)).logsumexp(-1)
+        return _row_entropies(blocks, weights, lengths, normalize)
 
     result = _sum_over_rows(q, k, rows, summed, scale, chunk_size)
     _require_finite(result, check_finite)
@@ -187,8 +251,9 @@ def attention_key_entropy(
         query_indices=query_indices,
         generator=generator,
     )
-    if correct_bias and bool((rows.counted < rows.population).any()):
-        if int(rows.counted.max()) < 2:
+    if correct_bias and rows.indices is not None:
+        too_few = (rows.counted < rows.population).any() & (rows.counted.max() < 2)
+        if _happens(too_few):
             raise InputError("the bias correction needs at least 2 sampled rows, got 1; or pass correct_bias=False")
         moments = _sum_over_rows(q, k, rows, _received_and_square, scale, chunk_size)
         received, square = moments.unbind(0)
@@ -202,11 +267,20 @@ def attention_key_entropy(
         result = entropy_of_masses(received)
     if normalize:
         available = torch.full((1,), k.shape[2]) if key_mask is None else key_mask.sum(-1)
-        if (available < 2).any():
+        if _happens((available < 2).any()):
             raise InputError("normalize needs at least 2 keys that are not masked out in every batch element")
         result = result / torch.log(available.to(result))[:, None]
     _require_finite(result, check_finite)
     return result
+
+
+def _row_entropies(logits: Tensor, weights: Tensor, lengths: Tensor, normalize: bool) -> Tensor:
+    """Weighted sum over the rows of the entropy of softmax(logits), as a fraction of log(lengths) if ``normalize``."""
+    log_probabilities = torch.log_softmax(logits, dim=-1)
+    entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
+    if normalize:
+        entropy = entropy / torch.log(lengths.clamp_min(2).to(entropy.dtype))
+    return (entropy * weights.to(entropy.dtype)).sum(-1)
 
 
 def _received(logits: Tensor, weights: Tensor, lengths: Tensor) -> Tensor:
@@ -227,7 +301,7 @@ class _Rows:
     Attributes:
         indices: (b, r) positions of the rows; None for all n rows in order.
         weights: (b, 1, r), zero for rows that do not count, else 1 / number of those that do.
-        lengths: (b, 1, r) number of keys that each row may attend to.
+        lengths: (b, 1, r) number of keys, or blocks of them, that each row may attend to.
         counted: (b, 1) number of rows looked at that count.
         population: (b, 1) number of all rows that count.
         allowed: function of a slice of the rows, giving the (b or batch, 1, rows or 1, m) mask of allowed keys; None
@@ -252,8 +326,10 @@ def _select_rows(
     num_sampled_queries: int | None,
     query_indices: Tensor | None,
     generator: torch.Generator | None,
-    minimum_keys: int = 1,
+    block_size: int = 1,
+    minimum: int = 1,
 ) -> _Rows:
+    """The rows that count, or a sample of them; those that may attend to at least ``minimum`` blocks count."""
     check_attention_inputs(q, k, causal, key_mask, query_mask)
     n, m = q.shape[2], k.shape[2]
     if num_sampled_queries is not None and query_indices is not None:
@@ -263,27 +339,29 @@ def _select_rows(
     # Without masks nothing here depends on device data: done on the CPU, it makes no GPU wait.
     device = q.device if key_mask is not None or query_mask is not None else torch.device("cpu")
     last_key = torch.arange(m - n, m, device=device)[None] if causal else None
-    lengths = _allowed_keys(last_key, key_mask, n, m, device)
-    counts = lengths >= minimum_keys
+    lengths = _allowed_blocks(last_key, key_mask, n, m, block_size, device)
+    counts = lengths >= minimum
     if query_mask is not None:
         counts = counts & query_mask
     lengths = lengths.expand_as(counts)
     population = counts.sum(-1, keepdim=True)
-    if int(population.min()) == 0:
+    if _happens((population == 0).any()):
+        what = "key(s)" if block_size == 1 else f"block(s) of {block_size} keys"
         raise InputError(
-            "every batch element needs a query row that counts: not masked out, and with at least "
-            f"{minimum_keys} allowed key(s)"
+            f"every batch element needs a query row that counts: not masked out, and with at least {minimum} allowed "
+            f"{what}"
         )
     indices = None
     if query_indices is not None:
         indices = _checked_indices(query_indices, n, device).expand(len(counts), -1)
-    elif num_sampled_queries is not None and num_sampled_queries < int(population.max()):
+    elif num_sampled_queries is not None and num_sampled_queries < n:
+        # Where fewer rows count, all of them are drawn.
         indices = _draw_rows(counts, num_sampled_queries, generator)
     if indices is not None:
         counts, lengths = counts.gather(1, indices), lengths.gather(1, indices)
         last_key = None if last_key is None else indices + (m - n)
     counted = counts.sum(-1, keepdim=True)
-    if int(counted.min()) == 0:
+    if query_indices is not None and _happens((counted == 0).any()):
         raise InputError("query_indices must name at least one row that counts in every batch element")
 
     def allowed(rows: slice) -> Tensor:
@@ -304,14 +382,20 @@ def _select_rows(
     )
 
 
-def _allowed_keys(last_key: Tensor | None, key_mask: Tensor | None, n: int, m: int, device: torch.device) -> Tensor:
-    """(1 or batch, n) number of keys that each query row may attend to."""
+def _allowed_blocks(
+    last_key: Tensor | None, key_mask: Tensor | None, n: int, m: int, block_size: int, device: torch.device
+) -> Tensor:
+    """(1 or batch, n) number of key blocks with a key that each query row may attend to."""
     if key_mask is None:
-        return torch.full((1, n), m, device=device) if last_key is None else last_key + 1
-    available = key_mask.cumsum(-1)
+        if last_key is None:
+            return torch.full((1, n), -(-m // block_size), device=device)
+        return last_key // block_size + 1
+    # A block is there from its first key that is not masked out on.
+    blocks = F.pad(key_mask, (0, -m % block_size)).unflatten(-1, (-1, block_size))
+    opened = (blocks & (blocks.cumsum(-1) == 1)).flatten(1)[:, :m].cumsum(-1)
     if last_key is None:
-        return available[:, -1:].expand(-1, n)
-    return available.gather(1, last_key.expand(len(available), -1))
+        return opened[:, -1:].expand(-1, n)
+    return opened.gather(1, last_key.expand(len(opened), -1))
 
 
 def _draw_rows(counts: Tensor, number: int, generator: torch.Generator | None) -> Tensor:
@@ -328,7 +412,8 @@ def _checked_indices(query_indices: Tensor, n: int, device: torch.device) -> Ten
         raise InputError(
             f"query_indices must be a non-empty (r,) int64 tensor, got {indices.dtype} {tuple(indices.shape)}"
         )
-    if int(indices.min()) < 0 or int(indices.max()) >= n or len(indices.unique()) < len(indices):
+    outside = (indices < 0).any() | (indices >= n).any()
+    if _happens(outside | (indices.sort().values.diff() == 0).any()):
         raise InputError(f"query_indices must be distinct positions in [0, {n})")
     return indices[None]
 
@@ -403,7 +488,12 @@ def check_attention_inputs(
             )
 
 
+def _happens(condition: Tensor) -> bool:
+    """Whether a condition on values holds; not asked in a compiled graph, which reading a value would break."""
+    return not torch.compiler.is_compiling() and bool(condition)
+
+
 def _require_finite(result: Tensor, check_finite: bool) -> None:
     # A NaN or infinite query or key makes its logits, and so the result of its head, non-finite.
-    if check_finite and not torch.compiler.is_compiling() and not torch.isfinite(result).all():
+    if check_finite and _happens(~torch.isfinite(result).all()):
         raise InputError("q and k must be finite and small enough for finite logits")

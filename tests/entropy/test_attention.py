@@ -1,5 +1,6 @@
 """Attention entropies against the whole softmax matrix in float64, and exhaustive checks of the sampling."""
 
+import functools
 import itertools
 import math
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from entreg.entropy import (
+    attention_block_entropy,
     attention_key_entropy,
     attention_received,
     attention_row_entropy,
@@ -158,15 +160,112 @@ def test_masked_keys_get_no_gradient_and_no_nan(function):
     assert (gradients[1][0, :, :8] != 0).any()
 
 
+def block_masses(probabilities, size):
+    return torch.stack([part.sum(-1) for part in probabilities.split(size, dim=-1)], -1)
+
+
+@pytest.mark.parametrize("key_heads", [1, 4])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("block_size", [1, 2, 4, 50])
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_block_entropy_is_that_of_the_mass_per_block(key_heads, causal, block_size, chunk_size):
+    q, k = tensors(key_heads=key_heads, m=LENGTH + 3)
+    whole, _ = attention(q, k, causal)
+    expected = row_entropies(block_masses(whole, block_size)).mean(-1)
+    result = attention_block_entropy(q, k, block_size=block_size, causal=causal, chunk_size=chunk_size)
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-14)
+    single = attention_block_entropy(q.float(), k.float(), block_size=block_size, causal=causal)
+    torch.testing.assert_close(single.double(), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 4])
+@pytest.mark.parametrize("size", [0.0, 0.5, 2.0, 30.0])
+def test_row_entropy_lies_between_the_block_entropy_and_that_plus_a_blocks_logarithm(block_size, size):
+    q, k = tensors(size=size, seed=3)
+    row = attention_row_entropy(q, k, causal=True)
+    block = attention_block_entropy(q, k, block_size=block_size, causal=True)
+    assert (block <= row + 1e-12).all()
+    assert (row <= block + math.log(block_size) + 1e-12).all()
+
+
+def test_block_entropy_of_known_attention():
+    # Uniform over 12 keys in blocks of 3: the upper relation is an equality.
+    q, k = torch.zeros(1, 1, 4, 5, dtype=torch.float64), torch.zeros(1, 1, 12, 5, dtype=torch.float64)
+    assert attention_block_entropy(q, k, block_size=3).item() == pytest.approx(math.log(4))
+    assert attention_row_entropy(q, k).item() == pytest.approx(math.log(4) + math.log(3))
+    # Every query looks at its own key alone, or at its own block alone: the lower one is.
+    eye = torch.eye(12, dtype=torch.float64)[None, None]
+    assert attention_block_entropy(1e3 * eye, eye, block_size=3).item() == pytest.approx(0.0, abs=1e-12)
+    own = torch.block_diag(*[torch.ones(3, 3, dtype=torch.float64)] * 4)[None, None]
+    assert attention_block_entropy(1e3 * own, own, block_size=3).item() == pytest.approx(0.0, abs=1e-12)
+    assert attention_row_entropy(1e3 * own, own).item() == pytest.approx(math.log(3))
+
+
+@pytest.mark.parametrize("key_mask", [None, MASK])
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_normalised_block_entropy_counts_the_blocks_that_a_row_may_see(key_mask, block_size):
+    q, k = tensors()
+    whole, allowed = attention(q, k, True, key_mask)
+    blocks = (block_masses(allowed, block_size) > 0).sum(-1).expand(-1, HEADS, -1)
+    entropies = row_entropies(block_masses(whole.nan_to_num(), block_size))
+    fractions = torch.where(blocks > 1, entropies / blocks.clamp_min(2).log(), 0.0)
+    arguments = {"block_size": block_size, "causal": True, "key_mask": key_mask, "normalize": True}
+    result = attention_block_entropy(q, k, **arguments)
+    torch.testing.assert_close(result, fractions.sum(-1) / (blocks > 1).sum(-1))
+    assert (result <= 1 + 1e-12).all()
+    with pytest.raises(InputError, match=r"at least 2 allowed block\(s\) of 11 keys"):
+        attention_block_entropy(q, k, **{**arguments, "block_size": 11})
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_block_entropy_passes_gradients_and_keeps_masked_keys_out(masked):
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(2, 2, 5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(2, 1, 5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    key_mask = torch.tensor([[False, False, True, True, True], [True] * 5]) if masked else None
+    arguments = {"block_size": 2, "causal": True, "key_mask": key_mask}
+    assert torch.autograd.gradcheck(lambda q, k: attention_block_entropy(q, k, **arguments), (q, k))
+    extreme = [(30 * tensor.detach()).float().requires_grad_() for tensor in (q, k)]
+    gradients = torch.autograd.grad(attention_block_entropy(*extreme, **arguments).sum(), extreme)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    if masked:
+        assert (gradients[1][0, :, :2] == 0).all()
+
+
+@pytest.mark.parametrize("block_size", [0, -1, 2.0])
+def test_a_block_size_that_is_no_number_of_keys(block_size):
+    q, k = tensors()
+    with pytest.raises(InputError, match="block_size must be"):
+        attention_block_entropy(q, k, block_size=block_size)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("function", ["row", "block", "key"])
+def test_entropies_are_one_compiled_graph(function, masked):
+    functions = {
+        "row": attention_row_entropy,
+        "key": attention_key_entropy,
+        "block": lambda *inputs, **arguments: attention_block_entropy(*inputs, block_size=3, **arguments),
+    }
+    q, k = tensors()
+    arguments = {"causal": True, "key_mask": MASK if masked else None}
+    arguments["query_indices"] = torch.tensor([9, 4, 10])
+    compiled = torch.compile(functions[function], backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, **arguments), functions[function](q, k, **arguments))
+    sampled = {**arguments, "query_indices": None, "num_sampled_queries": 4}
+    assert compiled(q, k, **sampled).isfinite().all()
+
+
 def all_samples(number, population=LENGTH):
     return [torch.tensor(chosen) for chosen in itertools.combinations(range(population), number)]
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("number", [1, 3])
-def test_row_entropy_and_received_attention_are_unbiased_over_all_samples(number, causal):
+def test_row_and_block_entropy_and_received_attention_are_unbiased_over_all_samples(number, causal):
     q, k = tensors(key_heads=2, m=LENGTH + 2)
-    for function in (attention_row_entropy, attention_received):
+    blocks = functools.partial(attention_block_entropy, block_size=3)
+    for function in (attention_row_entropy, blocks, attention_received):
         estimates = [function(q, k, causal=causal, query_indices=rows) for rows in all_samples(number)]
         torch.testing.assert_close(torch.stack(estimates).mean(0), function(q, k, causal=causal))
 
