@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from entreg.adapters.handles import Selection, SparsifyHandle
+from entreg.adapters.handles import Selection, VisionSparsifyHandle
 from entreg.errors import InputError
 from entreg.sparse import BlockSparsity, ColumnSparsity, dense_attention, make_plan, sparse_attention
 
@@ -55,7 +55,7 @@ class SparseAttention(nn.Module):
         layer: int,
         plan: ColumnSparsity | BlockSparsity,
         num_prefix: int,
-        handle: SparsifyHandle,
+        handle: VisionSparsifyHandle,
         generator: torch.Generator | None,
     ) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from entreg.adapters.budgets import Budgets, resolve_budgets
-from entreg.adapters.handles import Selection, SparsifyHandle
+from entreg.adapters.handles import Selection, VisionSparsifyHandle
 from entreg.adapters.timm_blocks import BlockGuard, BlockInParts, SparseAttention, attention_dtype, projected
 from entreg.sparse import (
     BlockSparsity,
@@ -91,7 +91,7 @@ class SparseBlocks(nn.Sequential):
         blocks: nn.Sequential,
         plans: Sequence[ColumnSparsity | BlockSparsity | TokenSparsity | TokenMerging],
         num_prefix: int,
-        handle: SparsifyHandle,
+        handle: VisionSparsifyHandle,
         generator: torch.Generator | None,
     ) -> None:
         super().__init__()

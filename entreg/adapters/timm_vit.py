@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from entreg.adapters.budgets import Plan, resolve_budgets
-from entreg.adapters.handles import Capture, ProbeHandle, SparsifyHandle
+from entreg.adapters.handles import Capture, ProbeHandle, VisionSparsifyHandle, watched_layers
 from entreg.adapters.timm_blocks import SparseAttention
 from entreg.adapters.timm_path import SparseBlocks
 from entreg.compat import ensure_torchvision
@@ -37,7 +37,7 @@ def sparsify(
     record: bool = False,
     gate: nn.ModuleDict | None = None,
     generator: torch.Generator | None = None,
-) -> SparsifyHandle:
+) -> VisionSparsifyHandle:
     """Put the sparse path into a model.
 
     A second call replaces what the first one put in. Where timm runs the blocks one by one (its own switch for gradient
@@ -67,7 +67,7 @@ def sparsify(
         model.blocks.handle.remove()
     prefix, blocks = model.num_prefix_tokens, model.blocks
     changed = ["blocks"]
-    handle = SparsifyHandle(model, changed, _restore, gate, record)
+    handle = VisionSparsifyHandle(model, changed, _restore, gate, record)
     for plan in plans:
         if not isinstance(plan, ColumnSparsity | BlockSparsity):
             continue
@@ -95,10 +95,7 @@ def probe(model: nn.Module, layers: Sequence[int] | None = None) -> ProbeHandle:
         InputError: the model is not supported, or has no such layer.
     """
     _require_supported(model)
-    depth = len(model.blocks)
-    chosen = list(range(depth)) if layers is None else sorted(set(layers))
-    if not chosen or not 0 <= chosen[0] <= chosen[-1] < depth:
-        raise InputError(f"layers must be indices of the model's {depth} blocks, got {list(layers)}")
+    chosen = watched_layers(layers, len(model.blocks))
     hooks: list[Any] = []
 
     def undo(_: nn.Module) -> None:
