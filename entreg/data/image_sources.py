@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from entreg.compat import ensure_torchvision
-from entreg.errors import AssetError, ConfigError
+from entreg.errors import AssetError, ConfigError, first_line
 
 
 class ImageSource:
@@ -233,8 +233,3 @@ def _array_images(
         num_classes=num_classes,
         revision=hashlib.sha256(content).hexdigest(),
     )
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of another library says, short enough for one sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

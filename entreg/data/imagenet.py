@@ -15,8 +15,8 @@ import numpy as np
 
 from entreg.compat import ensure_torchvision
 from entreg.data.assets import cache_directory
-from entreg.data.image_sources import FileImages, ImageSource, TableImages, first_line
-from entreg.errors import AssetError, ConfigError
+from entreg.data.image_sources import FileImages, ImageSource, TableImages
+from entreg.errors import AssetError, ConfigError, first_line
 
 IMAGENET_CLASSES = 1000
 
