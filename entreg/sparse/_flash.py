@@ -12,15 +12,23 @@ from entreg.sparse._gather import gather
 from entreg.sparse.plan import SparsityPlan
 
 
-def attend_flash(q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, scale: float, key_bias: Tensor | None) -> Tensor:
+def attend_flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: SparsityPlan,
+    scale: float,
+    key_bias: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
     """(batch, heads, n, d_v), by dense calls of flash_attn_func on gathered keys and values."""
     function = _flash_attention()
     _require_supported(q)
-    gathered = gather(q, k, v, plan, key_bias)
+    gathered = gather(q, k, v, plan, key_bias, mask)
     if gathered.mask is not None:
         raise InputError(
-            "flash-attn takes neither masks nor biases, so no causal or ragged plan, no key_bias, and only blocks "
-            "whose size divides the number of tokens; use the backend 'gather'"
+            "flash-attn takes neither masks nor biases, so no causal or ragged plan, no key_bias, no mask, and only "
+            "blocks whose size divides the number of tokens; use the backend 'gather'"
         )
     rows = (x.transpose(1, 2) for x in (gathered.q, gathered.k, gathered.v))
     return gathered.scatter(function(*rows, softmax_scale=scale).transpose(1, 2))

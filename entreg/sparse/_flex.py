@@ -16,7 +16,15 @@ from entreg.sparse.plan import SparsityPlan
 _MOST_SHAPES = 64
 
 
-def attend_flex(q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, scale: float, key_bias: Tensor | None) -> Tensor:
+def attend_flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: SparsityPlan,
+    scale: float,
+    key_bias: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
     """(batch, heads, n, d_v); with a permutation, attention runs in the order in which blocks are contiguous."""
     needs_gradient = any(x.requires_grad for x in (q, k, v)) or (key_bias is not None and key_bias.requires_grad)
     if q.device.type == "cpu" and torch.is_grad_enabled() and needs_gradient:
@@ -26,9 +34,12 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, scale: floa
     order = plan.permutation if plan.kind == "blocks" else None
     if order is not None and key_bias is not None:
         key_bias = key_bias.gather(1, order)
+    if order is not None and mask is not None:
+        mask = mask[torch.arange(len(mask), device=mask.device)[:, None, None], 0, order[:, :, None], order[:, None]]
+        mask = mask.unsqueeze(1)
     q, k, v = (permuted(x, order) for x in (q, k, v))
     block_mask = create_block_mask(
-        _mask_function(plan),
+        _mask_function(plan, mask),
         B=plan.batch,
         H=plan.num_heads if plan.plan_heads > 1 else 1,
         Q_LEN=plan.num_queries,
@@ -51,7 +62,7 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, scale: floa
     return out if order is None else permuted(out, order.argsort(-1))
 
 
-def _mask_function(plan: SparsityPlan) -> Any:
+def _mask_function(plan: SparsityPlan, allowed: Tensor | None) -> Any:
     share = plan.num_heads // plan.plan_heads
     later = plan.num_keys - plan.num_queries
     if plan.kind == "columns":
@@ -65,9 +76,13 @@ def _mask_function(plan: SparsityPlan) -> Any:
         def chosen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return mask[b, h // share, (i + offset) // size, j // size]
 
-    if not plan.causal:
-        return chosen
-    return lambda b, h, i, j: chosen(b, h, i, j) & (j <= i + later)
+    def within(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        kept = chosen(b, h, i, j)
+        if plan.causal:
+            kept = kept & (j <= i + later)
+        return kept if allowed is None else kept & allowed[b, 0, i, j]
+
+    return within
 
 
 def _flex_attention(*tensors: Tensor, **arguments: Any) -> Tensor:

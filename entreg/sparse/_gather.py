@@ -46,7 +46,9 @@ class Gathered:
         return out if self.places is None else rows_of_tokens(out, self.places)
 
 
-def gather(q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, key_bias: Tensor | None) -> Gathered:
+def gather(
+    q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, key_bias: Tensor | None, allowed: Tensor | None = None
+) -> Gathered:
     """Lay out queries in groups and gather each group's keys and values."""
     batch, heads, n, width = q.shape
     key_heads, share = k.shape[1], heads // k.shape[1]
@@ -60,7 +62,7 @@ def gather(q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, key_bias: Tensor
         rows, places = _rows_of_blocks(plan, q.device)
         grouped = rows_of_tokens(q, rows).reshape(batch, key_heads, share, plan.query_blocks, -1, width)
         grouped = grouped.transpose(2, 3).reshape(batch, key_heads * plan.query_blocks, -1, width)
-    mask = _mask(plan, index, valid, rows, share, key_bias, q.dtype)
+    mask = _mask(plan, index, valid, rows, share, key_bias, allowed, q.dtype)
     if mask is not None:
         mask = mask.expand(batch, key_heads, -1, -1, -1).flatten(1, 2)
     flat = index.flatten(2)
@@ -112,14 +114,20 @@ def _mask(
     rows: Tensor | None,
     share: int,
     key_bias: Tensor | None,
+    allowed: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor | None:
     """(batch, plan_heads, groups, rows or 1, length) bool, additive in ``dtype``, or None where all attend to all."""
     mask = None if valid is None else valid.unsqueeze(3)
+    rows = torch.arange(plan.num_queries, device=index.device)[None] if rows is None else rows
     if plan.causal:
-        rows = torch.arange(plan.num_queries, device=index.device)[None] if rows is None else rows
         last = rows.view(len(rows), 1, index.shape[2], -1, 1) + (plan.num_keys - plan.num_queries)
         seen = (index.unsqueeze(3) <= last).repeat(1, 1, 1, share, 1)
+        mask = seen if mask is None else mask & seen
+    if allowed is not None:
+        images = torch.arange(len(index), device=index.device).view(-1, 1, 1, 1, 1)
+        seen = allowed[images, 0, rows.view(len(rows), 1, index.shape[2], -1, 1), index.unsqueeze(3)]
+        seen = seen.repeat(1, 1, 1, share, 1)
         mask = seen if mask is None else mask & seen
     if key_bias is None:
         return mask

@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from entreg.entropy.attention import check_attention_inputs
 from entreg.errors import InputError
+from entreg.sparse._causal_blocks import attend_causal_blocks, attend_pages, keeps_own_blocks
 from entreg.sparse._flash import attend_flash
 from entreg.sparse._flex import attend_flex
 from entreg.sparse._gather import gather
@@ -29,10 +30,11 @@ def sparse_attention(
     backend: str = "gather",
     scale: float | None = None,
     key_bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention in which every query sees only the keys that the plan gives it.
 
-    A query whose keys are all left out, which plans of :func:`entreg.sparse.planning.make_plan` never have, gets zeros.
+    A query without keys gets zeros: plans of :func:`entreg.sparse.planning.make_plan` leave none without, a mask may.
 
     Backends, of which none ever stands in for another:
 
@@ -53,6 +55,8 @@ def sparse_attention(
         backend: one of the above.
         scale: factor of the logits; default 1/sqrt(d).
         key_bias: (batch, m) added to the logits of each key, e.g. the log of the number of tokens that it stands for.
+        mask: (batch, 1, n, m) bool, True where the plan's entries may be used, e.g. within packed documents; not with
+            ``"flash"``.
 
     Returns:
         (batch, heads, n, d_v) of q's dtype.
@@ -62,11 +66,11 @@ def sparse_attention(
             or cannot do what the plan needs.
     """
     check_attention_inputs(q, k, plan.causal)
-    _check(q, k, v, plan, causal, key_bias)
+    _check(q, k, v, plan, causal, key_bias, mask)
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if backend not in _BACKENDS:
         raise InputError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    return _BACKENDS[backend](q, k, v, plan, factor, key_bias)
+    return _BACKENDS[backend](q, k, v, plan, factor, key_bias, mask)
 
 
 def dense_attention(
@@ -77,36 +81,49 @@ def dense_attention(
     causal: bool = False,
     scale: float | None = None,
     key_bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """SDPA with this project's conventions: causal masks aligned at the last query, and a bias per key.
 
-    Arguments as in :func:`sparse_attention`.
+    Arguments as in :func:`sparse_attention`; the mask is applied beside causality.
     """
     n, m = q.shape[2], k.shape[2]
-    mask, is_causal = None, causal and n == m
     # PyTorch aligns its own causal mask at the first query, which is the same only for n = m.
-    if causal and (key_bias is not None or 1 < n < m):
-        mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
-        is_causal = False
+    is_causal = causal and n == m > 1 and key_bias is None and mask is None
+    allowed = mask
+    if causal and not is_causal and n > 1:
+        triangle = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+        allowed = triangle if mask is None else mask & triangle
     if key_bias is not None:
         bias = key_bias.to(q.dtype)[:, None, None]
-        mask = bias.expand(-1, 1, n, -1) if mask is None else torch.where(mask, bias, -torch.inf)
+        allowed = bias.expand(-1, 1, n, -1) if allowed is None else torch.where(allowed, bias, -torch.inf)
     return scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=allowed, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
 
 
 def _attend_gather(
-    q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, scale: float, key_bias: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: SparsityPlan,
+    scale: float,
+    key_bias: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
     if plan.dense:
-        return dense_attention(q, k, v, causal=plan.causal, scale=scale, key_bias=key_bias)
-    gathered = gather(q, k, v, plan, key_bias)
+        return dense_attention(q, k, v, causal=plan.causal, scale=scale, key_bias=key_bias, mask=mask)
+    if key_bias is None and keeps_own_blocks(plan):
+        attend = attend_pages if plan.num_queries == 1 else attend_causal_blocks
+        return attend(q, k, v, plan, scale, mask)
+    gathered = gather(q, k, v, plan, key_bias, mask)
     out = scaled_dot_product_attention(gathered.q, gathered.k, gathered.v, attn_mask=gathered.mask, scale=scale)
     return gathered.scatter(out)
 
 
-_BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, SparsityPlan, float, Tensor | None], Tensor]] = {
+_Attend = Callable[[Tensor, Tensor, Tensor, SparsityPlan, float, Tensor | None, Tensor | None], Tensor]
+
+_BACKENDS: dict[str, _Attend] = {
     "reference": attend_reference,
     "gather": _attend_gather,
     "flex": attend_flex,
@@ -114,7 +131,15 @@ _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, SparsityPlan, float, Tens
 }
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, causal: bool | None, key_bias: Tensor | None) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: SparsityPlan,
+    causal: bool | None,
+    key_bias: Tensor | None,
+    mask: Tensor | None,
+) -> None:
     if not isinstance(v, Tensor) or v.dim() != 4 or v.shape[:3] != k.shape[:3] or v.shape[3] == 0:
         raise InputError(f"v must have shape {tuple(k.shape[:3])} + (d_v,), got {tuple(getattr(v, 'shape', ()))}")
     if not q.dtype == k.dtype == v.dtype:
@@ -131,3 +156,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, causal: bool | N
         raise InputError(f"a plan with {plan.plan_heads} sets of choices does not fit {k.shape[1]} key heads")
     if key_bias is not None and (not key_bias.is_floating_point() or key_bias.shape != (k.shape[0], k.shape[2])):
         raise InputError(f"key_bias must be floating point of shape {(k.shape[0], k.shape[2])}")
+    wanted = (q.shape[0], 1, q.shape[2], k.shape[2])
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != wanted):
+        raise InputError(f"mask must be bool of shape {wanted}, got {mask.dtype} {tuple(mask.shape)}")

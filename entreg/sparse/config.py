@@ -29,6 +29,8 @@ the mean ``mixed`` score of its part, so that parts stay whole.
 BACKENDS = ("reference", "gather", "flex", "flash")
 REDUCTIONS = ("drop", "merge", "partition", "fuse")
 ANCHORS = ("top", "residual")
+SELECTIONS = ("pooled", "sampled", "oracle", "window", "topk")
+BUDGETS = ("uniform", "entropy", "mass")
 SCORE_SOURCES = ("own", "previous")
 
 
@@ -217,6 +219,72 @@ class TokenMerging:
 
 
 @dataclass(frozen=True)
+class DecoderSparsity:
+    """Causal decoders: blocks of keys while the prompt is read, pages of keys while tokens are written.
+
+    In both the first block (the attention sink) and the query's own are always among those chosen. A sequence too
+    short for that within the budget runs dense. (The paper gives a sparsity of 70-75 % and no plan; this is our
+    choice.)
+
+    Attributes:
+        sparsity: realised sparsity of reading in [0, 1): of the causal score entries, those of the selection counted
+            as computed.
+        selection: how the blocks are chosen. ``pooled``: attention between the means of ``pool_size`` consecutive
+            queries and keys; ``sampled``: attention of ``num_sampled_queries`` queries per block to all keys, or to
+            the means of ``pool_size`` keys; ``window``: the latest blocks (sink + local, as StreamingLLM);
+            ``oracle``: full attention, for comparison, its cost is not counted; ``topk``: the same for single keys
+            of single queries.
+        block_size: queries and keys per block, at least 1.
+        pool_size: consecutive tokens of which a selection sees the mean; divides ``block_size``.
+        num_sampled_queries: of ``sampled``, per query block, at least 1 and at most ``block_size``.
+        budget: how many blocks each row of blocks has: ``uniform``: the same number; ``entropy``: numbers per key head
+            in proportion to exp(H) of its estimated distribution over blocks; ``mass``: those blocks of all rows and
+            heads of a layer that have the most estimated attention mass. All realise the same sparsity.
+        page_size: keys per page in decoding, at least 1.
+        decode_sparsity: of writing, in [0, 1), of the keys in the cache; None: as ``sparsity``; 0: dense.
+        layers: indices from 0 of the layers it acts on; None for all.
+        backend: one of :data:`BACKENDS` but ``flash``.
+
+    Raises:
+        ConfigError: a value out of range or a combination that is not possible.
+    """
+
+    sparsity: float | None = None
+    selection: str = "pooled"
+    block_size: int = 64
+    pool_size: int = 16
+    num_sampled_queries: int = 4
+    budget: str = "uniform"
+    page_size: int = 64
+    decode_sparsity: float | None = None
+    layers: tuple[int, ...] | None = None
+    backend: str = "gather"
+
+    def __post_init__(self) -> None:
+        _require_one_of(self, "sparsity")
+        _require_fraction(self, "sparsity")
+        _require_fraction(self, "decode_sparsity")
+        _require_choice(self, "selection", SELECTIONS)
+        for name in ("block_size", "pool_size", "num_sampled_queries", "page_size"):
+            if getattr(self, name) is None:
+                raise ConfigError(f"DecoderSparsity's {name} must be an integer of at least 1, got None")
+            _require_count(self, name, 1)
+        if self.block_size % self.pool_size or self.num_sampled_queries > self.block_size:
+            raise ConfigError(
+                f"DecoderSparsity's pool_size must divide block_size {self.block_size} and num_sampled_queries be at "
+                f"most that, got {self.pool_size} and {self.num_sampled_queries}"
+            )
+        _require_choice(self, "budget", BUDGETS)
+        if self.budget != "uniform" and self.selection in ("window", "topk"):
+            raise ConfigError(f"selection '{self.selection}' estimates no attention mass: its budget must be uniform")
+        _set_layers(self)
+        _require_choice(self, "backend", BACKENDS)
+        if self.backend == "flash" or (self.selection == "topk" and self.backend != "reference"):
+            needed = "the backend reference" if self.selection == "topk" else "one of reference, gather, flex"
+            raise ConfigError(f"DecoderSparsity with selection '{self.selection}' needs {needed}, got '{self.backend}'")
+
+
+@dataclass(frozen=True)
 class Combined:
     """Several plans at once, e.g. tokens then columns; each acts on what those before it left.
 
@@ -235,17 +303,18 @@ class Combined:
             raise ConfigError(f"Combined's parts must be a sequence of at least one plan, got {self.parts!r}")
         object.__setattr__(self, "parts", tuple(self.parts))
         for part in self.parts:
-            if isinstance(part, Combined) or not isinstance(part, tuple(SPARSITIES.values())):
+            if isinstance(part, Combined | DecoderSparsity) or not isinstance(part, tuple(SPARSITIES.values())):
                 raise ConfigError(f"each of Combined's parts must be a single plan, got {part!r}")
 
 
-Sparsity: TypeAlias = ColumnSparsity | BlockSparsity | TokenSparsity | TokenMerging | Combined
+Sparsity: TypeAlias = ColumnSparsity | BlockSparsity | TokenSparsity | TokenMerging | DecoderSparsity | Combined
 
 SPARSITIES: dict[str, type] = {
     "columns": ColumnSparsity,
     "blocks": BlockSparsity,
     "tokens": TokenSparsity,
     "token_merging": TokenMerging,
+    "decoder": DecoderSparsity,
     "combined": Combined,
 }
 """Class of each kind of plan that a configuration may name."""
