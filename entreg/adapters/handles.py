@@ -92,7 +92,7 @@ class DecoderCapture:
     Attributes:
         layer: index from 0.
         queries: (batch, heads, n, d), as they enter the product, i.e. after rotary positions.
-        keys: (batch, key_heads, m, d), likewise, those of the cache included.
+        keys: (batch, key_heads, m, d), likewise; with those of the cache, but without its empty places.
         values: (batch, key_heads, m, d_v).
         scale: factor of the attention logits.
         mask: (batch or 1, 1 or heads, n, m) bool, True where a query may see a key, or a mask that is added to the
@@ -123,11 +123,7 @@ class DecoderCapture:
         if visible is None:
             return None
         n, m = visible.shape[1:]
-        # The last key that a query sees is its own, unless the query is padding. Where the own key of the first query
-        # lies, only the mask knows: a static cache has empty places after the last one.
-        last = torch.where(visible, torch.arange(m, device=visible.device), -1).amax(-1)
-        offset = last - torch.arange(n, device=visible.device)
-        return (last >= 0) & (offset == offset.max())
+        return visible.diagonal(m - n, 1, 2)
 
     def _visible(self) -> Tensor | None:
         """(batch, n, m) bool; masks are the same for all heads."""

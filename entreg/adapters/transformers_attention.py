@@ -59,7 +59,9 @@ class Attachment:
     @staticmethod
     def of(module: nn.Module) -> Attachment | None:
         """What is attached to the body or attention module of a decoder; None if nothing is."""
-        return module.__dict__.get(_KEY)
+        attachment = module.__dict__.get(_KEY)
+        # A copy of a model that was only watched has an attachment that never was in use.
+        return attachment if attachment is not None and attachment._hooks else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         twin = object.__new__(Attachment)
@@ -76,6 +78,7 @@ class Attachment:
             return
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
         for module in (self.body, *self.attentions):
             module.__dict__.pop(_KEY, None)
         self.config._attn_implementation = self.stock_implementation
@@ -126,10 +129,11 @@ class Attachment:
         plan, out = None, None
         if watching or (sparse is not None and sparse.is_sparse(q.shape[2])):
             _require_supported(module, options)
-            keys, values = _seen_keys(q, k, v, mask)
+            cache = self._caches.get(layer, lambda: None)()
+            keys, values, seen_mask = _filled(cache, layer, k, v, mask)
             scale = q.shape[-1] ** -0.5 if scaling is None else scaling
             for handle in watching:
-                handle.captures.append(DecoderCapture(layer, q, keys, values, scale, mask))
+                handle.captures.append(DecoderCapture(layer, q, keys, values, scale, seen_mask))
             if sparse is not None and sparse.is_sparse(q.shape[2]):
                 _require_plain(mask, dropout)
                 out, plan = decoder_attention(
@@ -138,25 +142,15 @@ class Attachment:
                     values,
                     sparse.settings,
                     scale=scale,
-                    mask=mask,
+                    mask=seen_mask,
                     budgets=sparse.budgets.get(layer),
-                    pages=self._pages(sparse, layer),
+                    pages=None if cache is None else _pages(sparse, cache, layer),
                 )
         if sparse is not None and sparse.record and not again:
             sparse.selections.append(Selection(layer, plan=plan))
         if out is None:
             return sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling, **options)
         return out.transpose(1, 2).contiguous(), None
-
-    def _pages(self, sparse: DecoderSparsifyHandle, layer: int) -> PageSummaries | None:
-        reference = self._caches.get(layer)
-        cache = None if reference is None else reference()
-        if cache is None:
-            return None
-        by_layer = sparse.pages.setdefault(cache, {})
-        if layer not in by_layer:
-            by_layer[layer] = PageSummaries(sparse.settings.page_size)
-        return by_layer[layer]
 
 
 def attend(
@@ -205,12 +199,22 @@ def _see_cache(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     Attachment.of(module).see_cache(module.layer_idx, next(found, None))
 
 
-def _seen_keys(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Keys and values without the empty places of a static cache, in whose prefill there is no mask."""
-    n = q.shape[2]
-    if mask is None and 1 < n < k.shape[2]:
-        return k[:, :, :n], v[:, :, :n]
-    return k, v
+def _filled(
+    cache: Cache | None, layer: int, k: Tensor, v: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values and mask without the empty places of a static cache, which come last."""
+    length = 0 if cache is None else int(cache.get_seq_length(layer))
+    if not 0 < length < k.shape[2]:
+        return k, v, mask
+    return k[:, :, :length], v[:, :, :length], None if mask is None else mask[..., :length]
+
+
+def _pages(sparse: DecoderSparsifyHandle, cache: Cache, layer: int) -> PageSummaries:
+    """What is remembered of a layer's keys in a cache, for as long as the cache lives."""
+    by_layer = sparse.pages.setdefault(cache, {})
+    if layer not in by_layer:
+        by_layer[layer] = PageSummaries(sparse.settings.page_size)
+    return by_layer[layer]
 
 
 def _require_supported(module: nn.Module, options: dict[str, Any]) -> None:

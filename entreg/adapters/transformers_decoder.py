@@ -131,8 +131,6 @@ def _supported(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
         raise refuse("is an encoder with a decoder")
     if any(isinstance(module, PreTrainedModel) and module.config is not config for module in decoder.modules()):
         raise refuse("is made of several models; pass its language model")
-    if not decoder._supports_sdpa or not decoder._can_set_attn_implementation():
-        raise refuse("has attention that SDPA cannot do (a soft cap on the logits, sinks) or that cannot be replaced")
     attentions = [
         module
         for module in decoder.modules()
@@ -142,6 +140,8 @@ def _supported(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
     depth = getattr(config, "num_hidden_layers", 0)
     if depth == 0 or [module.layer_idx for module in attentions] != list(range(depth)):
         raise refuse("does not have one causal attention in every layer")
+    if not decoder._supports_sdpa or not decoder._can_set_attn_implementation():
+        raise refuse("has attention that SDPA cannot do (a soft cap on the logits, sinks) or that cannot be replaced")
     if any(module.config is not config for module in attentions):
         raise refuse("has layers with configurations of their own")
     return decoder.base_model, attentions
