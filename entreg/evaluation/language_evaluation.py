@@ -1,0 +1,397 @@
+"""Everything that is measured on a causal language model, dense and under every plan of a configuration.
+
+Perplexity alone does not tell methods apart: a plan that forgets most of the distant text hardly shows in it. So there
+are four tasks (contexts and numbers of items are our choice; the paper states none):
+
+* ``perplexity``: loss on windows of running text;
+* ``copy``: loss on the second copy of a text that was just read;
+* ``needle``: share of sentences hidden in a long text that are repeated exactly, read and written sparsely;
+* ``summary``: ROUGE-L of greedy continuations of articles, against references and against the dense model's own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from entreg.adapters import sparsify
+from entreg.adapters.language_models import require_context
+from entreg.data.language_tasks import copy_windows, needle_tasks, summary_tasks, token_windows
+from entreg.data.text import Corpus, corpus
+from entreg.errors import ConfigError
+from entreg.evaluation.language_measures import (
+    SparsityMeter,
+    greedy_continuation,
+    require_plain_output,
+    rouge_l,
+    row_supports,
+    token_losses,
+)
+from entreg.sparse import sparsity_from_mapping
+from entreg.sparse.config import DecoderSparsity
+
+Row = dict[str, Any]
+
+TASKS = ("perplexity", "copy", "needle", "summary")
+EVALUATED_SPLITS = ("validation", "test")
+
+_COMMON = ("contexts", "count", "splits", "levels")
+_OWN = {"perplexity": ("stride",), "copy": (), "needle": ("depths",), "summary": ("new_tokens",)}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task at one context length on one split, its items ready.
+
+    Attributes:
+        name: one of :data:`TASKS`.
+        split: ``validation`` or ``test``.
+        context: tokens that the model reads at most, those that it writes included.
+        items: (count, n) int64 of ``perplexity`` and ``copy``; a list of tasks of :mod:`entreg.data.language_tasks`
+            of the others.
+        scored: of ``perplexity`` and ``copy``: number of tokens at the end of each item whose loss counts.
+        levels: sparsities of plans under which the task is run; None for all.
+        new_tokens: of ``summary``: tokens written at most.
+    """
+
+    name: str
+    split: str
+    context: int
+    items: Any
+    scored: tuple[int, ...] = ()
+    levels: tuple[float, ...] | None = None
+    new_tokens: int | None = None
+
+
+def expand_plans(plans: Mapping[str, Mapping[str, Any] | None]) -> list[tuple[str, float, DecoderSparsity]]:
+    """What the entries of ``evaluation.plans`` stand for.
+
+    Args:
+        plans: name to a sparsity of kind ``decoder``; ``levels``, a list of sparsities, stands for one plan each, and
+            ``vary``, fields to lists of their values, for one plan for every combination, named by its values instead.
+            None in place of a sparsity leaves the plan out.
+
+    Returns:
+        Name, level and plan of each.
+
+    Raises:
+        ConfigError: a value that the plan refuses, another kind, no sparsity, or two plans of one name and level.
+    """
+    expanded: dict[tuple[str, float], DecoderSparsity] = {}
+    for name, values in plans.items():
+        if values is None:
+            continue
+        plain = dict(values)
+        levels = plain.pop("levels", None)
+        varied = plain.pop("vary", {})
+        for chosen in itertools.product(*varied.values()):
+            own = "_".join(str(value) for value in chosen) if varied else name
+            fields = dict(zip(varied, chosen, strict=True))
+            for level in [plain.get("sparsity")] if levels is None else levels:
+                plan = sparsity_from_mapping({**plain, **fields, "sparsity": level})
+                if not isinstance(plan, DecoderSparsity):
+                    raise ConfigError(f"evaluation.plans.{name} must be of kind decoder, got {plain['kind']}")
+                if (own, float(level)) in expanded:
+                    raise ConfigError(f"evaluation.plans holds two plans {own} of sparsity {level}")
+                expanded[own, float(level)] = plan
+    return [(name, level, plan) for (name, level), plan in expanded.items()]
+
+
+def check_evaluation(config: Mapping[str, Any]) -> None:
+    """Refuse what cannot be evaluated, before a model is loaded for it.
+
+    Args:
+        config: the resolved ``evaluation`` part of ``configs/language.yaml``.
+
+    Raises:
+        ConfigError: an unknown task or key, an impossible plan, context, number of items, depth or split.
+    """
+    expand_plans(config["plans"])
+    for name, settings in _tasks(config).items():
+        if name not in TASKS:
+            raise ConfigError(f"there is no task '{name}' in evaluation.tasks; the tasks are {', '.join(TASKS)}")
+        known = (*_COMMON, *_OWN[name])
+        for key in settings:
+            if key not in known:
+                raise ConfigError(f"unknown key '{key}' of evaluation.tasks.{name}, known are {', '.join(known)}")
+        for key in ("contexts", "count", "splits", *_OWN[name]):
+            if key not in settings:
+                raise ConfigError(f"evaluation.tasks.{name} needs {key}")
+        _require_numbers(f"evaluation.tasks.{name}.contexts", settings["contexts"], 16)
+        if settings["count"] is not None or name not in ("perplexity", "copy"):
+            _require_numbers(f"evaluation.tasks.{name}.count", [settings["count"]], 1)
+        wrong = [split for split in settings["splits"] if split not in EVALUATED_SPLITS]
+        if wrong or not settings["splits"]:
+            raise ConfigError(
+                f"evaluation.tasks.{name}.splits must be some of {', '.join(EVALUATED_SPLITS)}, got {wrong}"
+            )
+        if settings.get("stride") is not None:
+            _require_numbers("evaluation.tasks.perplexity.stride", [settings["stride"]], 1)
+            _require_numbers("evaluation.tasks.perplexity.count with a stride", [settings["count"]], 1)
+        if "new_tokens" in settings:
+            _require_numbers("evaluation.tasks.summary.new_tokens", [settings["new_tokens"]], 1)
+        depths = settings.get("depths", [0.5])
+        if not depths or not all(isinstance(depth, int | float) and 0 <= depth <= 1 for depth in depths):
+            raise ConfigError(f"evaluation.tasks.needle.depths must be numbers in [0, 1], got {depths}")
+    support = config["effective_support"]
+    if support is not None:
+        _require_numbers("evaluation.effective_support", [support["context"], support["count"]], 1)
+
+
+def open_corpora(
+    config: Mapping[str, Any], data: Mapping[str, Any], *, training: bool
+) -> dict[tuple[str, str], Corpus]:
+    """Every corpus that is needed: what is missing or damaged must show before a model is loaded.
+
+    Args:
+        config: the resolved ``evaluation`` part.
+        data: the resolved ``data`` part: ``text`` and ``summaries``, each ``name`` and ``root`` of a corpus.
+        training: whether the split ``train`` of the running text is needed.
+
+    Returns:
+        Corpora by kind (``text``, ``summaries``) and split.
+
+    Raises:
+        ConfigError, AssetError: see :func:`entreg.data.text.corpus`.
+    """
+    wanted = [("text", "train")] if training else []
+    for name, settings in _tasks(config).items():
+        wanted += [("summaries" if name == "summary" else "text", split) for split in settings["splits"]]
+    return {
+        (kind, split): corpus(data[kind]["name"], data[kind]["root"], split) for kind, split in dict.fromkeys(wanted)
+    }
+
+
+def open_tasks(config: Mapping[str, Any], corpora: Mapping[tuple[str, str], Corpus], tokenizer: Any) -> list[Task]:
+    """The items of every task, tokenised; the same for every seed, method and plan, so that losses can be paired.
+
+    Args:
+        config: the resolved ``evaluation`` part.
+        corpora: from :func:`open_corpora`.
+        tokenizer: the model's.
+
+    Raises:
+        InputError, AssetError: the corpora hold too little text for what is asked for.
+    """
+    tasks = []
+    for name, settings in _tasks(config).items():
+        levels = settings.get("levels")
+        for split in settings["splits"]:
+            text = corpora["summaries" if name == "summary" else "text", split]
+            for context in settings["contexts"]:
+                made = _OPEN[name](text, tokenizer, settings, context, config["seed"])
+                tasks.append(Task(name, split, context, levels=None if levels is None else tuple(levels), **made))
+    return tasks
+
+
+def _perplexity(text: Corpus, tokenizer: Any, settings: Mapping[str, Any], context: int, seed: int) -> dict[str, Any]:
+    """Disjoint windows, or, with a stride, overlapping ones of one stretch whose new tokens count."""
+    count, stride = settings["count"], settings["stride"]
+    if stride is None or stride >= context:
+        windows = token_windows(text, tokenizer, context, count=count, seed=seed)
+        return {"items": windows, "scored": (context - 1,) * len(windows)}
+    (stretch,) = token_windows(text, tokenizer, context + (count - 1) * stride, count=1, seed=seed)
+    windows = stretch.unfold(0, context, stride).contiguous()
+    return {"items": windows, "scored": (context - 1, *[stride] * (count - 1))}
+
+
+def _copies(text: Corpus, tokenizer: Any, settings: Mapping[str, Any], context: int, seed: int) -> dict[str, Any]:
+    half = (context - 1) // 2
+    halves = token_windows(text, tokenizer, half, count=settings["count"], seed=seed)
+    return {"items": copy_windows(halves, tokenizer), "scored": (half,) * len(halves)}
+
+
+def _needles(text: Corpus, tokenizer: Any, settings: Mapping[str, Any], context: int, seed: int) -> dict[str, Any]:
+    chosen = {"depths": settings["depths"], "count": settings["count"]}
+    return {"items": needle_tasks(text, tokenizer, length=context, seed=seed, **chosen)}
+
+
+def _summaries(text: Corpus, tokenizer: Any, settings: Mapping[str, Any], context: int, seed: int) -> dict[str, Any]:
+    new = settings["new_tokens"]
+    items = summary_tasks(text, tokenizer, count=settings["count"], max_tokens=context - new, seed=seed)
+    return {"items": items, "new_tokens": new}
+
+
+_OPEN: dict[str, Callable[..., dict[str, Any]]] = {
+    "perplexity": _perplexity,
+    "copy": _copies,
+    "needle": _needles,
+    "summary": _summaries,
+}
+
+
+def check_model(model: nn.Module, name: str, config: Mapping[str, Any]) -> None:
+    """Refuse what the model cannot do, before anything slow is done with it.
+
+    Args:
+        model: stock transformers decoder.
+        name: its name, for errors.
+        config: the resolved ``evaluation`` part.
+
+    Raises:
+        InputError: the model is not supported, or a context is longer than the model's.
+        ConfigError: a plan does not fit the model.
+    """
+    contexts = [max(one["contexts"]) for one in _tasks(config).values()]
+    support = config["effective_support"]
+    require_context(model, max([*contexts, 1 if support is None else support["context"]]), name)
+    require_plain_output(model)
+    for _, _, plan in expand_plans(config["plans"]):
+        sparsify(model, plan).remove()
+
+
+def evaluate_everything(
+    model: nn.Module, tokenizer: Any, tasks: Sequence[Task], config: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[Row]]:
+    """Measure a model in every way that a configuration asks for.
+
+    Args:
+        model: stock transformers decoder in evaluation mode, on its device.
+        tokenizer: the model's.
+        tasks: from :func:`open_tasks`.
+        config: the resolved ``evaluation`` part.
+
+    Returns:
+        metrics, and one row per task, context, split and plan, the dense ones first.
+
+    Raises:
+        InputError, ConfigError: as :func:`check_model`.
+    """
+    plans = expand_plans(config["plans"])
+    metrics: dict[str, Any] = {}
+    support = config["effective_support"]
+    if support is not None:
+        metrics["effective_support"] = _effective_support(model, tasks, support, config["seed"])
+    jobs = [("dense", 0.0, None), *plans]
+    written: dict[int, list[str]] = {}
+    rows = []
+    with tqdm(total=len(jobs), desc="plans", disable=None) as bar:
+        for name, level, plan in jobs:
+            bar.set_postfix_str(f"{name} {level:g}")
+            names = {"plan": name, "level": level}
+            handle = None if plan is None else sparsify(model, plan, record=True)
+            try:
+                for place, task in enumerate(tasks):
+                    if plan is None or task.levels is None or level in task.levels:
+                        rows.append(
+                            {"task": task.name, **names, **_row(model, handle, tokenizer, task, written, place)}
+                        )
+            finally:
+                if handle is not None:
+                    handle.remove()
+            bar.update()
+    return metrics, rows
+
+
+def _row(model: nn.Module, handle: Any, tokenizer: Any, task: Task, written: dict[int, list[str]], place: int) -> Row:
+    """What one task gives under the plan that is in the model; ``written`` keeps what the dense model wrote."""
+    started = time.perf_counter()
+    with SparsityMeter(model, handle) as meter:
+        if task.name in ("perplexity", "copy"):
+            measured = _loss_measures(model, task)
+        elif task.name == "needle":
+            measured = _needle_measures(model, task)
+        else:
+            measured = _summary_measures(model, tokenizer, task, handle is None, written, place)
+    return {
+        "realised_sparsity": meter.prefill,
+        "decode_sparsity": meter.decode,
+        "context": task.context,
+        "split": task.split,
+        "items": len(task.items),
+        **measured,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _loss_measures(model: nn.Module, task: Task) -> Row:
+    device = next(model.parameters()).device
+    sums = [
+        token_losses(model, window[None].to(device), last=scored).double().sum().item()
+        for window, scored in zip(task.items, task.scored, strict=True)
+    ]
+    loss = sum(sums) / sum(task.scored)
+    measured = {
+        "tokens": sum(task.scored),
+        "loss": loss,
+        "loss_per_item": [one / scored for one, scored in zip(sums, task.scored, strict=True)],
+    }
+    return {**measured, "perplexity": math.exp(loss)} if task.name == "perplexity" else measured
+
+
+def _needle_measures(model: nn.Module, task: Task) -> Row:
+    hits = [
+        torch.equal(greedy_continuation(model, one.input_ids, _length(one.answer_ids)), _flat(one.answer_ids))
+        for one in task.items
+    ]
+    depths = sorted({one.depth for one in task.items})
+    return {
+        "tokens": sum(_length(one.answer_ids) for one in task.items),
+        "accuracy": statistics.fmean(hits),
+        "depths": depths,
+        "accuracy_per_depth": [
+            statistics.fmean(hit for hit, one in zip(hits, task.items, strict=True) if one.depth == depth)
+            for depth in depths
+        ],
+    }
+
+
+def _summary_measures(
+    model: nn.Module, tokenizer: Any, task: Task, is_dense: bool, written: dict[int, list[str]], place: int
+) -> Row:
+    outputs = [greedy_continuation(model, one.input_ids, task.new_tokens) for one in task.items]
+    texts = [tokenizer.decode(output.tolist(), skip_special_tokens=True) for output in outputs]
+    scores = rouge_l([one.reference for one in task.items], texts)
+    measured = {
+        "tokens": sum(len(output) for output in outputs),
+        "rouge_l": statistics.fmean(scores),
+        "rouge_l_per_item": scores,
+    }
+    if is_dense:
+        written[place] = texts
+        return measured
+    return {**measured, "rouge_l_to_dense": statistics.fmean(rouge_l(written[place], texts))}
+
+
+def _effective_support(
+    model: nn.Module, tasks: Sequence[Task], settings: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
+    """Of the validation windows (those of the test are for results only), cut to the wanted context."""
+    context = settings["context"]
+    windows = [one.items for one in tasks if one.name == "perplexity" and one.context >= context]
+    if not windows:
+        raise ConfigError(
+            f"evaluation.effective_support needs a context of at least {context} in evaluation.tasks.perplexity"
+        )
+    chosen: Tensor = windows[0][: settings["count"], :context]
+    supports = row_supports(model, chosen, num_sampled_queries=settings["num_sampled_queries"], seed=seed)
+    return {"row": supports, "context": context}
+
+
+def _tasks(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {name: settings for name, settings in config["tasks"].items() if settings is not None}
+
+
+def _flat(ids: Any) -> Tensor:
+    return torch.as_tensor(ids).reshape(-1)
+
+
+def _length(ids: Any) -> int:
+    return _flat(ids).numel()
+
+
+def _require_numbers(what: str, values: Sequence[Any], minimum: int) -> None:
+    for value in values:
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise ConfigError(f"{what} must be whole numbers of at least {minimum}, got {value!r}")
+    if not values:
+        raise ConfigError(f"{what} must not be empty")

@@ -1,0 +1,27 @@
+"""Run all methods and seeds of a language experiment, save their records, print tables and verdicts.
+
+python scripts/language.py profile=reproduce                                  the offline model in minutes
+python scripts/language.py experiment=llm/training store=results/runs         a study behind the reference records
+python scripts/language.py experiment=llm/phi_2 profile=paper                 the paper's scale
+python scripts/language.py experiment=llm/other profile=paper model.name=/models/my-decoder
+python scripts/language.py profile=smoke store=outputs/smoke                  in seconds
+"""
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from entreg.cli import command_line, hydra_main
+from entreg.evaluation.language_experiment import CHECKED, plan_run
+from entreg.evaluation.language_report import report
+from entreg.evaluation.studies import run_all, study_configs
+
+
+@hydra_main("language", checked=CHECKED)
+def main(config: DictConfig) -> None:
+    runs = [plan_run(one) for one in study_configs(config, HydraConfig.get().overrides.task, "language")]
+    records = run_all(runs, store=config.store, command=command_line(), force=config.force)
+    print(report(records, config.store))
+
+
+if __name__ == "__main__":
+    main()
