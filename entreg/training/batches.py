@@ -75,10 +75,10 @@ class PositionedDataset(Dataset):
     on the index alone (``torch.utils.data.Subset`` counts only when the data set below it has one).
 
     Args:
-        dataset: map-style; items are mappings with at least ``images``.
+        dataset: map-style; items are mappings of tensors.
         seed: of the run.
-        augment: applied to ``images`` of every item, for example a transform of timm or torchvision. It does not see
-            masks: whatever moves pixels must not be used when masks are trained on.
+        augment: applied to ``images`` of every item, which must then have them; for example a transform of timm or
+            torchvision. It does not see masks: whatever moves pixels must not be used when masks are trained on.
 
     Raises:
         InputError: the data set is empty.
@@ -211,8 +211,10 @@ class Mixing:
         """The batch with mixed images (in place) and labels (batch, classes) as probabilities.
 
         Raises:
-            ConfigError: items have several labels each, or an odd number of them is to be mixed.
+            ConfigError: items have no images, several labels each, or an odd number of them is to be mixed.
         """
+        if "images" not in batch:
+            raise ConfigError(f"mixup and cutmix mix images, the items of this data set have {', '.join(batch)}")
         images, labels = batch["images"], batch["labels"]
         if labels.dim() != 1 or len(labels) % 2:
             raise ConfigError(

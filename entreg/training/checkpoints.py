@@ -3,7 +3,8 @@
 ``<run>/checkpoints/step-00000200/`` holds ``model.safetensors`` (the weights, under the model's own names),
 ``averaged.safetensors`` (their moving average, where there is one), ``training.safetensors`` (all other tensors) and
 ``state.json`` (everything else, and the SHA-256 of every file and of itself). A folder appears under its name only
-when it is complete.
+when it is complete. Parameters that were frozen in training are not in it, only their names and a fingerprint that
+says which they were: such a checkpoint is loaded onto the model that the training began with.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from entreg.atomic import folder_atomic
 from entreg.errors import AssetError, ConfigError, InputError, OutputError
-from entreg.weights import load_weights, put_weights
+from entreg.weights import load_weights, weights_difference, weights_fingerprint
 
 MODEL, AVERAGED, TRAINING, STATE = "model.safetensors", "averaged.safetensors", "training.safetensors", "state.json"
 _FORMAT = 1
@@ -38,9 +39,10 @@ class Checkpoint:
     Attributes:
         path: its folder.
         step: number of finished steps.
-        model: weights by name.
+        model: weights by name, without those that were frozen.
         averaged: their moving average, or None.
-        state: everything else, as it was given to :func:`save_checkpoint`.
+        state: everything else, as it was given to :func:`save_checkpoint`; ``frozen``, where it is there and not None,
+            comes from :func:`frozen_record`.
     """
 
     path: Path
@@ -48,6 +50,22 @@ class Checkpoint:
     model: dict[str, Tensor]
     averaged: dict[str, Tensor] | None
     state: dict[str, Any]
+
+    def difference(self, model: nn.Module) -> str | None:
+        """What keeps it from being loaded into a model, in words; None if it fits."""
+        own, frozen = model.state_dict(), self.state.get("frozen")
+        held = {} if frozen is None else {name: own.get(name) for name in frozen["names"]}
+        missing = next((name for name, value in held.items() if value is None), None)
+        if missing is not None:
+            return f"the model has no '{missing}'"
+        if frozen is not None and weights_fingerprint(held) != frozen["fingerprint"]:
+            return "they were trained on top of frozen weights that are not the model's"
+        return weights_difference(model, {**held, **self.model})
+
+
+def frozen_record(weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """What a checkpoint says of the weights that were frozen in training; None if none were."""
+    return {"names": sorted(weights), "fingerprint": weights_fingerprint(weights)} if weights else None
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
@@ -164,7 +182,8 @@ def load_model_weights(model: nn.Module, source: str | Path) -> None:
     """Put trained weights into a model.
 
     Args:
-        model: changed in place; names and shapes must be those of the weights.
+        model: changed in place; names and shapes must be those of the weights. For a checkpoint of a training with
+            frozen parameters, it has these already.
         source: a safetensors file, a checkpoint's folder, or a run's folder, whose newest checkpoint is taken. Of a
             checkpoint, the averaged weights are taken where there are any.
 
@@ -176,7 +195,10 @@ def load_model_weights(model: nn.Module, source: str | Path) -> None:
         checkpoint = read_checkpoint(path) if (path / STATE).exists() else latest_checkpoint(path / "checkpoints")
         if checkpoint is None:
             raise AssetError(f"There is no checkpoint in {path}; name a safetensors file or the folder of a run.")
-        put_weights(model, checkpoint.averaged or checkpoint.model, path)
+        difference = checkpoint.difference(model)
+        if difference:
+            raise AssetError(f"The weights at {path} are not of this model: {difference}.")
+        model.load_state_dict(checkpoint.averaged or checkpoint.model, strict=False)
     else:
         load_weights(model, path)
 

@@ -93,7 +93,7 @@ def train(
         objective: ``objective(model, batch, step)`` gives the mean loss of the (part of a) batch, a scalar, and named
             numbers for the log, floats or scalar tensors; those that make up the loss tell which of them broke it.
             Its ``state_dict`` and ``load_state_dict``, if it has them, are kept in checkpoints. ``step`` counts from 0.
-        dataset: map-style, items are mappings of tensors with at least ``images``; ``__getitems__`` is used when
+        dataset: map-style, items are mappings of tensors as the objective reads them; ``__getitems__`` is used when
             there; see :class:`entreg.training.batches.PositionedDataset`.
         settings: everything else that decides the run.
         directory: of the run; made when missing.
@@ -123,21 +123,16 @@ def train(
         raise ConfigError(f"the device of training must be auto, cpu or, where torch sees one, cuda, got '{device}'")
     if settings.steps == 0:
         raise ConfigError("training needs at least one step, got steps: 0")
-    checkpointing = settings.gradient_checkpointing and _switch_checkpointing_on(model)
-    try:
-        with kept_random_state(cuda=True):
-            data = PositionedDataset(dataset, settings.seed, augment)
-            run = _Run(model, objective, data, settings, Path(directory), extra_parameters, evaluate, device)
-            identity = {
-                "settings": settings.deciding(),
-                "data": {"items": len(data)},
-                "configuration": {} if configuration is None else dict(configuration),
-            }
-            run.start(resume, identity)
-            return run.finish()
-    finally:
-        if checkpointing:
-            model.set_grad_checkpointing(False)
+    with _gradient_checkpointing(model, settings.gradient_checkpointing), kept_random_state(cuda=True):
+        data = PositionedDataset(dataset, settings.seed, augment)
+        run = _Run(model, objective, data, settings, Path(directory), extra_parameters, evaluate, device)
+        identity = {
+            "settings": settings.deciding(),
+            "data": {"items": len(data)},
+            "configuration": {} if configuration is None else dict(configuration),
+        }
+        run.start(resume, identity)
+        return run.finish()
 
 
 class _Run:
@@ -339,10 +334,28 @@ class _Run:
         return read_checkpoint(Path(path)) if found is None and path is not None else found
 
 
-def _switch_checkpointing_on(model: nn.Module) -> bool:
-    """Whether gradient checkpointing was off before."""
-    if not hasattr(model, "set_grad_checkpointing"):
+@contextlib.contextmanager
+def _gradient_checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing of timm's models or of transformers', switched off again if it was off before."""
+    flags = ("grad_checkpointing", "gradient_checkpointing")
+    if not wanted or any(getattr(module, flag, False) for module in model.modules() for flag in flags):
+        yield
+    elif hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing(True)
+        try:
+            yield
+        finally:
+            model.set_grad_checkpointing(False)
+    elif getattr(model, "supports_gradient_checkpointing", False):
+        # transformers names it anew from 5.23 on.
+        name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        # Reentrant checkpoints would compute what probes capture without its gradient.
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+        # A hook for reentrant checkpoints, which nothing else would remove.
+        model.disable_input_require_grads()
+        try:
+            yield
+        finally:
+            getattr(model, f"{name}_checkpointing_disable")()
+    else:
         raise ConfigError(f"{type(model).__name__} has no gradient checkpointing; set gradient_checkpointing: false")
-    before = getattr(model, "grad_checkpointing", False)
-    model.set_grad_checkpointing(True)
-    return not before

@@ -1,13 +1,17 @@
-"""What a vision model can be penalised for while it trains: entropies of its attention or tokens, and their rivals.
+"""What a model can be penalised for while it trains: entropies of its attention or tokens, and their rivals.
 
 Every penalty reads what the probes of :func:`entreg.adapters.probe` captured in the last forward pass (and, for
 gates, what :func:`entreg.adapters.sparsify` selected) and returns one tensor per layer for
 :class:`entreg.regularizer.EntropyRegularizer`, which weighs them, ramps them and applies the hinge. Entropies are in
 nats. Which attention or which points the paper regularises is not stated; all of this is our reading.
+
+The captures may be a ViT's or a causal decoder's. Of a decoder only what a query may see counts, padding never, and
+with ``normalize`` every row counts alike, however many keys it sees.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -16,7 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entreg.entropy import BallEntropy, HalfspaceEntropy, attention_key_entropy, attention_row_entropy
+from entreg.entropy import (
+    BallEntropy,
+    HalfspaceEntropy,
+    attention_block_entropy,
+    attention_key_entropy,
+    attention_row_entropy,
+)
 from entreg.entropy.soft_partition import entropy_of_masses
 from entreg.errors import ConfigError, InputError
 from entreg.regularizer import EntropyRegularizer, Term
@@ -31,9 +41,15 @@ class PenaltySettings:
         quantity: a key of :data:`QUANTITIES`.
         term: weight, schedule and hinge, see :class:`entreg.regularizer.Term`.
         layers: indices of the blocks it acts on; None for all.
-        budget: number of keys or tokens that the hinge leaves free: the floor is log(budget) nats. At least 1; not
-            together with the term's own floor.
+        budget: number of keys, tokens or (``block_entropy``) key blocks that the hinge leaves free: the floor is
+            log(budget) nats. At least 1; not together with the term's own floor, nor with ``normalize``.
         num_sampled_queries: query rows that attention quantities look at; None for all.
+        normalize: of ``row_entropy``, ``block_entropy`` and ``key_entropy``: entropies as fractions of their maximum,
+            for rows each of its own, log(number of keys or blocks that it may see), so that a decoder's early rows,
+            which see few keys, count like late ones. The term's floor and target are fractions then, too: a floor f
+            leaves a row that sees L keys free to use L^f of them (0.5 of 1,024: 32). A number of keys has no such
+            fraction that holds for all rows, hence no ``budget``.
+        block_size: of ``block_entropy``: keys per block; the block-sparse path's own.
         points: what ``ball`` and ``halfspace`` partition: ``keys`` (heads side by side) or ``tokens`` (block outputs).
         num_cells: anchors of ``ball``; of ``halfspace`` the number of cells, a power of two.
         sharpness: of ``ball`` and ``halfspace``, in units of the data's own scale.
@@ -48,6 +64,8 @@ class PenaltySettings:
     layers: tuple[int, ...] | None = None
     budget: float | None = None
     num_sampled_queries: int | None = 32
+    normalize: bool = False
+    block_size: int = 64
     points: str = "keys"
     num_cells: int = 16
     sharpness: float = 10.0
@@ -62,6 +80,17 @@ class PenaltySettings:
             raise ConfigError(f"points of a penalty must be keys or tokens, got '{self.points}'")
         if self.budget is not None and (self.budget < 1 or self.term.floor is not None):
             raise ConfigError("a penalty's budget must be at least 1, and its term must have no floor of its own")
+        if self.normalize and self.quantity not in _OF_ATTENTION:
+            raise ConfigError(f"normalize is for {', '.join(_OF_ATTENTION)}, not for the penalty '{self.quantity}'")
+        if self.normalize and self.budget is not None:
+            raise ConfigError(
+                "a penalty with normalize has no budget: give its floor, the fraction of the largest entropy that is "
+                "left free, in [0, 1)"
+            )
+        if self.normalize and not _fraction(self.term.floor):
+            raise ConfigError(f"the floor of a penalty with normalize must be in [0, 1), got {self.term.floor}")
+        if not isinstance(self.block_size, int) or self.block_size < 1:
+            raise ConfigError(f"block_size of a penalty must be a whole number of at least 1, got {self.block_size}")
 
 
 def penalty_from_mapping(values: Mapping[str, Any]) -> PenaltySettings:
@@ -85,15 +114,18 @@ def penalty_from_mapping(values: Mapping[str, Any]) -> PenaltySettings:
         raise ConfigError(f"penalty {values.get('quantity')}: {error}") from error
 
 
-def _row_entropy(settings: PenaltySettings, capture: Any, module: nn.Module | None) -> Tensor:
-    return attention_row_entropy(
-        capture.queries, capture.keys, scale=capture.scale, num_sampled_queries=settings.num_sampled_queries
-    )
-
-
-def _key_entropy(settings: PenaltySettings, capture: Any, module: nn.Module | None) -> Tensor:
-    return attention_key_entropy(
-        capture.queries, capture.keys, scale=capture.scale, num_sampled_queries=settings.num_sampled_queries
+def _attention_entropy(settings: PenaltySettings, capture: Any, module: nn.Module | None) -> Tensor:
+    """An entropy of the attention per head: (batch, heads)."""
+    return _OF_ATTENTION[settings.quantity](
+        capture.queries,
+        capture.keys,
+        causal=capture.causal,
+        scale=capture.scale,
+        key_mask=capture.key_mask,
+        query_mask=capture.query_mask,
+        num_sampled_queries=settings.num_sampled_queries,
+        normalize=settings.normalize,
+        **({"block_size": settings.block_size} if settings.quantity == "block_entropy" else {}),
     )
 
 
@@ -131,23 +163,46 @@ def _rate_distortion(settings: PenaltySettings, capture: Any, module: nn.Module 
 
 
 def _l1_logits(settings: PenaltySettings, capture: Any, module: nn.Module | None) -> Tensor:
-    """Mean absolute attention logit per head: (batch, heads). Rows are a fixed, evenly spaced sample."""
-    n = capture.queries.shape[2]
+    """Mean absolute attention logit per head over what may be seen: (batch, heads).
+
+    Rows are a fixed, evenly spaced sample.
+    """
+    (batch, heads, n, width), m = capture.queries.shape, capture.keys.shape[2]
     rows = n if settings.num_sampled_queries is None else min(n, settings.num_sampled_queries)
     indices = torch.linspace(0, n - 1, rows, device=capture.queries.device).round().long()
-    logits = capture.queries[:, :, indices] @ capture.keys.transpose(-1, -2)
-    return (capture.scale * logits).abs().float().mean((-1, -2))
+    # Query heads that share a key head are more rows of one product.
+    grouped = capture.queries[:, :, indices].reshape(batch, capture.keys.shape[1], -1, width)
+    logits = (grouped @ capture.keys.transpose(-1, -2)).view(batch, heads, rows, m)
+    sizes = (capture.scale * logits).abs().float()
+    seen = _seen(capture, indices)
+    return sizes.mean((-1, -2)) if seen is None else (sizes * seen).sum((-1, -2)) / seen.sum((-1, -2)).clamp_min(1)
+
+
+def _seen(capture: Any, indices: Tensor) -> Tensor | None:
+    """(batch or 1, 1, rows, m) bool: which keys these query rows may see, of rows that count; None if all are."""
+    n, m = capture.queries.shape[2], capture.keys.shape[2]
+    masks = []
+    if capture.causal:
+        masks.append((torch.arange(m, device=indices.device) <= indices[:, None] + (m - n))[None, None])
+    if capture.key_mask is not None:
+        masks.append(capture.key_mask[:, None, None])
+    if capture.query_mask is not None:
+        masks.append(capture.query_mask[:, None, indices, None])
+    return functools.reduce(torch.logical_and, masks).expand(-1, -1, len(indices), m) if masks else None
 
 
 def _points(settings: PenaltySettings, capture: Any) -> Tensor:
     if settings.points == "tokens":
         return capture.tokens.float()
+    if capture.key_mask is not None:
+        raise ConfigError(f"the penalty {settings.quantity} needs batches without padding, got a mask of the keys")
     return capture.keys.transpose(1, 2).flatten(2).float()
 
 
 QUANTITIES: dict[str, Callable[[PenaltySettings, Any, nn.Module | None], Tensor] | None] = {
-    "row_entropy": _row_entropy,
-    "key_entropy": _key_entropy,
+    "row_entropy": _attention_entropy,
+    "block_entropy": _attention_entropy,
+    "key_entropy": _attention_entropy,
     "selection_entropy": _selection_entropy,
     "ball": _partition_entropy,
     "halfspace": _partition_entropy,
@@ -157,6 +212,12 @@ QUANTITIES: dict[str, Callable[[PenaltySettings, Any, nn.Module | None], Tensor]
     "l1_gate": None,
 }
 """Penalties by name; each function maps settings, one layer's capture and its anchors to a tensor."""
+
+_OF_ATTENTION = {
+    "row_entropy": attention_row_entropy,
+    "block_entropy": attention_block_entropy,
+    "key_entropy": attention_key_entropy,
+}
 
 _WITH_ANCHORS = ("ball", "halfspace", "rate_distortion")
 
@@ -190,6 +251,22 @@ class Penalties(nn.Module):
     def needs_gate(self) -> bool:
         """Whether the sparse path must have a gate."""
         return any(one.quantity == "l1_gate" for one in self.settings.values())
+
+    def require_decoder(self) -> None:
+        """Refuse penalties that a causal decoder cannot have, before anything slow.
+
+        Raises:
+            ConfigError: the selection of tokens or their gates, which a decoder's sparse path has not, or block
+                outputs, which its probe does not capture.
+        """
+        for name, one in self.settings.items():
+            if one.quantity in ("selection_entropy", "l1_gate"):
+                raise ConfigError(
+                    f"penalty {name}: a decoder selects no tokens, so it has no {one.quantity}; take row_entropy, "
+                    "block_entropy, key_entropy or l1_logits"
+                )
+            if one.quantity in _WITH_ANCHORS and one.points == "tokens":
+                raise ConfigError(f"penalty {name}: {one.quantity} of a decoder partitions its keys; set points: keys")
 
     @torch.no_grad()
     def prepare(self, captures: Sequence[Any], seed: int) -> None:
@@ -258,6 +335,11 @@ class Penalties(nn.Module):
         if missing:
             raise ConfigError(f"penalty {name} names layer {missing[0]}, the model has layers {sorted(by_layer)}")
         return [by_layer[layer] for layer in layers]
+
+
+def _fraction(floor: Any) -> bool:
+    limits = torch.as_tensor(0.0 if floor is None else floor)
+    return bool(((limits >= 0) & (limits < 1)).all())
 
 
 def _with_floor(settings: PenaltySettings) -> Term:

@@ -20,7 +20,8 @@ class TrainingSettings:
 
     Attributes:
         steps: optimiser steps of the whole run; 0 stands for no training and is for callers of the loop.
-        batch_size: images per optimiser step, over all processes and accumulated parts; a multiple of their product.
+        batch_size: items, such as images or windows of text, per optimiser step, over all processes and accumulated
+            parts; a multiple of their product.
         learning_rate: after the warm-up, above 0.
         final_learning_rate: where ``cosine`` and ``linear`` arrive after the last step, at least 0.
         weight_decay: at least 0; biases, norms, position embeddings and extra parameters have none.
@@ -29,8 +30,7 @@ class TrainingSettings:
         optimizer: a name that ``timm.optim.list_optimizers`` knows.
         layer_decay: factor in (0, 1] by which each earlier layer's learning rate is smaller; None for none.
         gradient_accumulation: parts that each process computes its share of a batch in, at least 1.
-        gradient_checkpointing: recompute activations in the backward pass; the model must have
-            ``set_grad_checkpointing``, as timm's do.
+        gradient_checkpointing: recompute activations in the backward pass; for models of timm and transformers.
         precision: ``float32``, or ``bfloat16`` for autocast; weights and optimiser stay in float32.
         clip_norm: limit of the norm of the whole gradient, above 0; None for none.
         ema_decay: of the moving average of the weights, in (0, 1), with timm's warm-up 1 - (1 + step)^(-2/3) before

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from entreg.compat import ensure_torchvision
 from entreg.errors import ConfigError
-from entreg.training.checkpoints import Checkpoint, save_checkpoint
+from entreg.training.checkpoints import Checkpoint, frozen_record, save_checkpoint
 from entreg.training.progress import LossMeter
 from entreg.training.settings import TrainingSettings
-from entreg.weights import weights_difference
+from entreg.weights import frozen_weights
 
 _SCHEDULES = {"cosine": "cosine", "linear": "poly", "constant": "step"}
 """timm's names: a polynomial of power 1, and steps that change nothing."""
@@ -25,6 +25,9 @@ class TrainingState:
 
     Order of the data, augmentation, mixing and the model's random numbers are functions of seed and step
     (:mod:`entreg.training.batches`), as the learning rate is of the step; so none of them has a state of its own.
+
+    Frozen parameters are what the run began with: a checkpoint holds a fingerprint of them, not them, so that one of
+    a low-rank training is small. It can be restored, or loaded, only onto the same ones.
 
     Args:
         model: on its device.
@@ -63,6 +66,7 @@ class TrainingState:
         if not self.trained:
             raise ConfigError("nothing is to be trained: no parameter of the model requires a gradient")
         self.optimizer, self._scheduler = _optimizer(model, self.extra, settings)
+        self._frozen = frozen_weights(model)
         # Gradients that the caller or a run that stopped has left must not be added to.
         self.optimizer.zero_grad(set_to_none=True)
         self.averaged = None
@@ -116,13 +120,14 @@ class TrainingState:
             "meter": self.meter.state_dict(),
             "seconds": self.seconds,
             "objective": self.objective.state_dict() if hasattr(self.objective, "state_dict") else None,
+            "frozen": frozen_record(self._frozen),
         }
         save_checkpoint(
             root,
             self.done,
-            self.model.state_dict(),
+            self._kept(self.model),
             state,
-            averaged=None if averaged is None else averaged["model"].state_dict(),
+            averaged=None if averaged is None else self._kept(averaged["model"]),
             keep=keep,
         )
 
@@ -132,7 +137,7 @@ class TrainingState:
         Raises:
             ConfigError: it is of another configuration or model; the sentence says what differs, nothing is changed.
         """
-        reason = _difference(found.state["identity"], identity) or weights_difference(self.model, found.model)
+        reason = _difference(found.state["identity"], identity) or found.difference(self.model)
         if reason is None and [value.shape for value in found.state["extra"]] != [one.shape for one in self.extra]:
             reason = "the extra parameters have other shapes"
         if reason is not None:
@@ -140,16 +145,21 @@ class TrainingState:
                 f"The checkpoint {found.path} is of another run: {reason}; choose another folder, or start again with "
                 "resume=null."
             )
-        self.model.load_state_dict(found.model)
+        # Not strict: frozen parameters, which are not in it, are where they belong.
+        self.model.load_state_dict(found.model, strict=False)
         _copy(self.extra, found.state["extra"])
         self.optimizer.load_state_dict(found.state["optimizer"])
         if self.averaged is not None:
-            self.averaged.module["model"].load_state_dict(found.averaged)
+            self.averaged.module["model"].load_state_dict(found.averaged, strict=False)
             _copy(self.averaged.module["extra"], found.state["averaged_extra"])
         if hasattr(self.objective, "load_state_dict") and found.state["objective"] is not None:
             self.objective.load_state_dict(found.state["objective"])
         self.meter.load_state_dict(found.state["meter"])
         self.done, self.seconds = found.step, found.state["seconds"]
+
+    def _kept(self, model: nn.Module) -> dict[str, Tensor]:
+        """The weights of a model, or of its average, that are trained."""
+        return {name: value for name, value in model.state_dict().items() if name not in self._frozen}
 
 
 @torch.no_grad()

@@ -129,12 +129,12 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def prepare_penalties(model: nn.Module, penalties: Penalties, images: Tensor, seed: int) -> None:
-    """Choose the anchors of partition penalties from one batch of the dense model."""
+def prepare_penalties(model: nn.Module, penalties: Penalties, inputs: Tensor, seed: int) -> None:
+    """Choose the anchors of partition penalties from one batch, of images or tokens, of the dense model."""
     handle = probe(model)
     try:
         with torch.no_grad():
-            model(images)
+            model(inputs)
             penalties.prepare(handle.captures, seed)
     finally:
         handle.remove()

@@ -24,6 +24,9 @@ def capture(layer: int = 0, seed: int = 0) -> SimpleNamespace:
         scale=0.7,
         tokens=draw(BATCH, N, HEADS * D),
         num_prefix=PREFIX,
+        causal=False,
+        key_mask=None,
+        query_mask=None,
     )
 
 
