@@ -36,6 +36,8 @@ RECORDED_DISTRIBUTIONS = (
     "transformers",
     "datasets",
     "gguf",
+    "peft",
+    "rouge-score",
     "flash-attn",
     "wandb",
     "hydra-joblib-launcher",

@@ -200,7 +200,7 @@ def test_an_interval_across_a_threshold_is_told():
 def test_without_evidence_the_command_is_told():
     found = judge(CLAIMS["geo-hull-speed"], None)
     assert (found.verdict, found.measured, found.reason) == ("not run", "–", "run make reproduce-geometry")
-    planned = judge(CLAIMS["llm-speed"], None, "paper").reason
+    planned = judge(dataclasses.replace(CLAIMS["llm-speed"], status="planned"), None, "paper").reason
     assert planned == "not built yet; it will be make reproduce-llm PROFILE=paper MODEL=meta-llama/Llama-2-7b-hf"
 
 
@@ -270,7 +270,7 @@ def test_tables_have_a_row_per_claim(measure):
     claims = [
         dataclasses.replace(CLAIMS["geo-hull-speed"], measure="test-measure"),
         dataclasses.replace(CLAIMS["geo-error"], measure="test-none"),
-        dataclasses.replace(CLAIMS["llm-speed"], measure="test-absent"),
+        dataclasses.replace(CLAIMS["llm-speed"], measure="test-absent", status="planned"),
     ]
     verdicts = judge_all(claims, [sample_record()])
     full = claims_table(claims, verdicts)
