@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import nn
 from entreg.atomic import folder_atomic
 from entreg.compat import ensure_torchvision
 from entreg.data.assets import ASSETS, asset_path, cache_directory
+from entreg.data.hub import hub_folder, is_hub_name
 from entreg.errors import AssetError, ConfigError, InputError, first_line
 
 PACKAGED_MODELS = ("smollm2",)
@@ -148,11 +148,16 @@ def load_language_model(
     elif Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
         revision = {"source": name, "sha256": _folder_sha256(folder)}
-    else:
+    elif is_hub_name(name):
         # The configuration first: what is wrong with it need not wait for gigabytes of weights.
-        _require_causal(_hub_folder(name, ["config.json"]), name)
-        folder = _hub_folder(name, _HUB_FILES)
+        _require_causal(hub_folder(name, ["config.json"]), name)
+        folder = hub_folder(name, _HUB_FILES)
         revision = {"source": name, "commit": folder.name}
+    else:
+        raise AssetError(
+            f"there is no folder {name} with a language model; name one, or {', '.join(PACKAGED_MODELS)}, or a model "
+            "of the hub such as meta-llama/Llama-2-7b-hf"
+        )
     _require_causal(folder, name)
     _require_whole_weights(folder)
     tokenizer = _read_tokenizer(folder, name)
@@ -250,33 +255,7 @@ def _dtype_and_device(dtype: str, device: str) -> tuple[torch.dtype, torch.devic
     return DTYPES[dtype], found
 
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-
-
-def _hub_folder(name: str, files: list[str]) -> Path:
-    """The folder of a hub model in the hub's own cache, fetched if it is not there; its name is the commit."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/", "~")):
-        raise AssetError(
-            f"there is no folder {name} with a language model; name one, or {', '.join(PACKAGED_MODELS)}, or a model "
-            "of the hub such as meta-llama/Llama-2-7b-hf"
-        )
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    get = f"`hf download {name} --local-dir FOLDER` where there is a network, and name that folder"
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
-    except GatedRepoError as error:
-        raise AssetError(
-            f"{name} is gated: accept its terms on https://huggingface.co/{name} and run `hf auth login`, or {get}"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise AssetError(f"there is neither a folder nor a public model on the hub with the name {name}") from error
-    # Without a network this ends in one of many errors of several libraries.
-    except Exception as error:
-        raise AssetError(
-            f"{name} is no folder here, and the hub cannot be reached and has left no copy in its cache; run {get}"
-        ) from error
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 def _read_config(folder: Path, name: str) -> Any:

@@ -169,13 +169,13 @@ def summary_tasks(
 
     Where the corpus has summaries (CNN/DailyMail: the highlights), they are the reference. Otherwise it is the
     article's lead: its first paragraph, or of an article in one paragraph its first sentence; it is removed from the
-    input.
+    input. The instruction follows the article, within the tokenizer's chat template where it has one.
 
     Args:
         corpus: the articles.
         tokenizer: of ``transformers``.
         count: number of tasks.
-        max_tokens: of the input; longer articles are cut at the end. At least ``min_tokens`` + 32.
+        max_tokens: of the input; longer articles are cut at the end. At least ``min_tokens`` and the instruction.
         min_tokens: articles with fewer tokens besides the lead are passed over, at least 1.
         split: of the corpus; None: all documents it has.
         seed: chooses the articles, and their order.
@@ -184,15 +184,16 @@ def summary_tasks(
         InputError: a value is out of range, or the corpus has too few such articles; it says how many there are.
         AssetError: the corpus has no such split.
     """
-    if count < 1 or min_tokens < 1 or max_tokens < min_tokens + 32:
-        raise InputError(
-            f"summary tasks need count >= 1, min_tokens >= 1 and max_tokens >= min_tokens + 32, got {count}, "
-            f"{min_tokens} and {max_tokens}"
-        )
+    if count < 1 or min_tokens < 1:
+        raise InputError(f"summary tasks need count >= 1 and min_tokens >= 1, got {count} and {min_tokens}")
     part = corpus if split is None else corpus.part(split)
-    instruction = _ids(tokenizer, _SUMMARY_INSTRUCTION)
-    first = _first_ids(tokenizer)
-    room = max_tokens - len(first) - len(instruction)
+    before, after = _summary_frame(tokenizer)
+    room = max_tokens - len(before) - len(after)
+    if room < min_tokens:
+        raise InputError(
+            f"max_tokens of summary tasks must be at least {max_tokens - room + min_tokens} (instruction and min_tokens), "
+            f"got {max_tokens}"
+        )
     tasks: list[SummaryTask] = []
     for place in np.random.default_rng(seed).permutation(len(part.documents)):
         document = part.documents[place]
@@ -202,7 +203,7 @@ def summary_tasks(
         # Tokens are shorter than this many characters on average in every language and tokenizer in use.
         tokens = _ids(tokenizer, article[: 20 * room])[:room]
         if len(tokens) >= min_tokens:
-            tasks.append(SummaryTask(torch.tensor(first + tokens + instruction), reference))
+            tasks.append(SummaryTask(torch.tensor(before + tokens + after), reference))
         if len(tasks) == count:
             return tasks
     raise InputError(
@@ -212,7 +213,7 @@ def summary_tasks(
 
 
 _MIN_REFERENCE_WORDS = 12
-_SUMMARY_INSTRUCTION = "\n\nSummary of the article above in one paragraph:\n"
+_SUMMARY_INSTRUCTION = "\n\nSummarize the article above in one short paragraph."
 _CITIES = (
     *("Amsterdam", "Ankara", "Athens", "Baghdad", "Bangkok", "Barcelona", "Berlin", "Boston", "Brussels", "Budapest"),
     *("Cairo", "Chicago", "Copenhagen", "Dallas", "Dublin", "Edinburgh", "Florence", "Geneva", "Glasgow", "Hamburg"),
@@ -246,6 +247,17 @@ def _sentence_end(tokens: list[int], place: int, tokenizer: Any) -> int:
     while place > 0 and not re.search(r"[.!?\n]\s*$", tokenizer.decode([tokens[place - 1]])):
         place -= 1
     return place
+
+
+def _summary_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Tokens before and after the article: those of the chat template where the tokenizer has one."""
+    if tokenizer.chat_template is None:
+        return _first_ids(tokenizer), _ids(tokenizer, f"{_SUMMARY_INSTRUCTION}\nSummary:")
+    mark = "\ue000"
+    message = {"role": "user", "content": f"{mark}{_SUMMARY_INSTRUCTION}"}
+    text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    before, _, after = text.partition(mark)
+    return _ids(tokenizer, before), _ids(tokenizer, after)
 
 
 def _lead_and_rest(document: str) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from entreg.data.assets import asset_path, cache_directory
+from entreg.data.hub import hub_folder, is_hub_name
 from entreg.data.mediawiki import plain_text, read_articles
 from entreg.errors import AssetError, ConfigError, InputError
 
@@ -172,13 +173,23 @@ class _Source:
         return f"fetch it with `{command} --local-dir FOLDER` and set data.root to that folder"
 
 
+def _folder(source: _Source, split: str) -> Path:
+    """The folder with a split: the user's own, or the hub's cache."""
+    if source.root is not None and Path(source.root).expanduser().is_dir():
+        return Path(source.root).expanduser()
+    name = source.hub if source.root is None else str(source.root)
+    if not is_hub_name(name):
+        raise AssetError(f"there is no folder {name} with {source.name}; {source.advice}")
+    return hub_folder(name, [f"{source.configuration}/{split}-*.parquet"], data_set=True)
+
+
 def _columns(source: _Source, split: str, columns: Sequence[str]) -> dict[str, list[str]]:
     """The columns of one split, as lists of text."""
     try:
         import datasets
     except ImportError as error:
         raise ConfigError(f"reading {source.name} needs the package datasets: pip install datasets") from error
-    where, table = _table(datasets, source, split)
+    where, table = _folder_table(datasets, _folder(source, split), source, split)
     missing = [column for column in columns if column not in table.column_names]
     if missing:
         raise AssetError(f"{where} has the columns {', '.join(table.column_names)} where {missing[0]} is needed")
@@ -187,22 +198,6 @@ def _columns(source: _Source, split: str, columns: Sequence[str]) -> dict[str, l
         if not texts or not all(isinstance(text, str) for text in texts):
             raise AssetError(f"{where} holds {'rows that are no text' if texts else 'no rows'} in its column {column}")
     return values
-
-
-def _table(datasets: Any, source: _Source, split: str) -> tuple[str, Any]:
-    """Name for messages and table of one split."""
-    root = source.hub if source.root is None else str(source.root)
-    folder = Path(root).expanduser()
-    if folder.is_dir():
-        return _folder_table(datasets, folder, source, split)
-    if source.root is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", root):
-        raise AssetError(f"there is no folder {folder} with {source.name}; {source.advice}")
-    try:
-        return f"{root} ({split})", datasets.load_dataset(root, source.configuration, split=split)
-    # Without a network this ends in one of a dozen errors of four libraries.
-    except Exception as error:
-        what = f"{root}, configuration {source.configuration}, split {split},"
-        raise AssetError(f"{what} is no folder here and cannot be had from the hub; {source.advice}") from error
 
 
 def _folder_table(datasets: Any, folder: Path, source: _Source, split: str) -> tuple[str, Any]:
