@@ -118,6 +118,103 @@ def test_partition_entropies_lie_in_their_range_and_reach_points_and_anchors(qua
     assert all(parameter.grad is not None for parameter in penalties.parameters())
 
 
+def decoder_capture(masked: bool) -> SimpleNamespace:
+    """Six query heads on three key heads, two more keys than queries, and, if masked, padding on the left of one."""
+    one = capture()
+    generator = torch.Generator().manual_seed(3)
+    one.queries = torch.randn(BATCH, 2 * HEADS, N - 2, D, generator=generator, dtype=torch.float64).requires_grad_()
+    one.causal = True
+    if masked:
+        one.key_mask = torch.ones(BATCH, N, dtype=torch.bool)
+        one.key_mask[0, :5] = False
+        one.query_mask = one.key_mask[:, 2:]
+    return one
+
+
+def causal_rows(one: SimpleNamespace):
+    """For every batch element and head the rows that count: (visible keys' positions, their logits)."""
+    offset = one.keys.shape[2] - one.queries.shape[2]
+    for b in range(BATCH):
+        for h in range(one.queries.shape[1]):
+            rows = []
+            for i in range(one.queries.shape[2]):
+                if one.query_mask is not None and not one.query_mask[b, i]:
+                    continue
+                seen = [j for j in range(i + offset + 1) if one.key_mask is None or one.key_mask[b, j]]
+                logits = torch.stack([one.scale * (one.queries[b, h, i] * one.keys[b, h // 2, j]).sum() for j in seen])
+                rows.append((seen, logits))
+            yield rows
+
+
+def blocks_of(seen: list[int], size: int) -> list[list[int]]:
+    return [[at for at, j in enumerate(seen) if j // size == block] for block in sorted({j // size for j in seen})]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_causal_row_and_block_entropies_are_loops_over_what_a_row_sees(masked, normalize):
+    one = decoder_capture(masked)
+    for quantity, size in (("row_entropy", 1), ("block_entropy", 3)):
+        heads = []
+        for rows in causal_rows(one):
+            values = []
+            for seen, logits in rows:
+                masses = torch.stack([logits.softmax(0)[block].sum() for block in blocks_of(seen, size)])
+                if normalize and len(masses) == 1:
+                    continue
+                values.append(entropy(masses) / (math.log(len(masses)) if normalize else 1.0))
+            heads.append(torch.stack(values).mean())
+        penalty, _ = values_of(quantity, [one], normalize=normalize, block_size=3)
+        torch.testing.assert_close(penalty, torch.stack(heads).mean(), rtol=1e-10, atol=0)
+    penalty.backward()
+    assert one.queries.grad.abs().sum() > 0
+    if masked:
+        assert (one.keys.grad[0, :, :5] == 0).all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_causal_key_entropy_is_that_of_the_mean_of_what_each_key_gets(masked):
+    one = decoder_capture(masked)
+    heads, shares = [], []
+    for index, rows in enumerate(causal_rows(one)):
+        received = torch.zeros(N, dtype=torch.float64)
+        for seen, logits in rows:
+            received = received + torch.zeros(N, dtype=torch.float64).index_add(
+                0, torch.tensor(seen), logits.softmax(0) / len(rows)
+            )
+        heads.append(torch.special.entr(received).sum())
+        available = N - 5 if masked and index < 2 * HEADS else N
+        shares.append(heads[-1] / math.log(available))
+    penalty, _ = values_of("key_entropy", [one])
+    torch.testing.assert_close(penalty, torch.stack(heads).mean(), rtol=1e-10, atol=0)
+    penalty, _ = values_of("key_entropy", [one], normalize=True)
+    torch.testing.assert_close(penalty, torch.stack(shares).mean(), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_causal_l1_counts_visible_logits_only(masked):
+    one = decoder_capture(masked)
+    heads = [torch.cat([logits for _, logits in rows]).abs().mean() for rows in causal_rows(one)]
+    penalty, _ = values_of("l1_logits", [one])
+    torch.testing.assert_close(penalty.double(), torch.stack(heads).mean(), rtol=1e-5, atol=0)
+
+
+def test_partitions_of_a_decoder_need_keys_without_padding():
+    penalty, _ = values_of("ball", [decoder_capture(masked=False)], num_cells=3, initialization="random")
+    assert 0 < penalty.item() < math.log(3)
+    with pytest.raises(ConfigError, match="without padding"):
+        values_of("ball", [decoder_capture(masked=True)], num_cells=3, initialization="random")
+
+
+def test_a_floor_of_normalised_entropies_is_a_fraction():
+    one = decoder_capture(masked=False)
+    plain, _ = values_of("row_entropy", [one], normalize=True)
+    hinged, penalties = values_of("row_entropy", [one], normalize=True, floor=0.5)
+    assert 0 < hinged.item() < plain.item() < 1
+    _, numbers = penalties([one], (), 0)
+    assert numbers["one/entropy"] == pytest.approx(plain.item())
+
+
 def test_gate_penalty_is_the_mean_gate():
     gates = [torch.tensor([[0.1, 0.5], [0.3, 0.9]]), torch.tensor([[1.0, 0.0], [0.0, 0.0]])]
     penalty, penalties = values_of("l1_gate", [], gates)
@@ -161,6 +258,10 @@ def test_no_penalties_is_none():
         ({"quantity": "row_entropy", "weight": 1.0, "budget": 0.5}, "budget must be at least 1"),
         ({"quantity": "row_entropy", "weight": 1.0, "budget": 3, "floor": 1.0}, "no floor"),
         ({"quantity": "ball", "weight": 1.0, "points": "pixels"}, "keys or tokens"),
+        ({"quantity": "l1_logits", "weight": 1.0, "normalize": True}, "normalize is for row_entropy"),
+        ({"quantity": "row_entropy", "weight": 1.0, "normalize": True, "budget": 9}, "give its floor, the fraction"),
+        ({"quantity": "row_entropy", "weight": 1.0, "normalize": True, "floor": 2.5}, r"must be in \[0, 1\)"),
+        ({"quantity": "block_entropy", "weight": 1.0, "block_size": 0}, "block_size of a penalty"),
     ],
 )
 def test_a_wrong_mapping_is_one_sentence(mapping, word):
