@@ -18,12 +18,14 @@ from entreg.sparse.config import (
     BlockSparsity,
     ColumnSparsity,
     Combined,
+    DecoderSparsity,
     EntropyBudget,
     Sparsity,
     TokenMerging,
     TokenSparsity,
     sparsity_from_mapping,
 )
+from entreg.sparse.decoding import PageSummaries, decoder_attention
 from entreg.sparse.kernels import attention_kernel, recorded_kernels
 from entreg.sparse.plan import SparsityPlan
 from entreg.sparse.planning import make_plan
@@ -36,7 +38,9 @@ __all__ = [
     "BlockSparsity",
     "ColumnSparsity",
     "Combined",
+    "DecoderSparsity",
     "EntropyBudget",
+    "PageSummaries",
     "Sparsity",
     "SparsityPlan",
     "TokenMerging",
@@ -46,6 +50,7 @@ __all__ = [
     "bipartite_merge",
     "bucket_by_budget",
     "compose_reductions",
+    "decoder_attention",
     "dense_attention",
     "drop_tokens",
     "entropy_budget",

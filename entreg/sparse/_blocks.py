@@ -17,25 +17,43 @@ def permuted(x: Tensor, permutation: Tensor | None) -> Tensor:
 
 
 def pooled_block_scores(
-    q: Tensor, k: Tensor, block_size: int, *, scale: float | None, causal: bool, permutation: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    block_size: int,
+    *,
+    scale: float | None,
+    causal: bool,
+    permutation: Tensor | None,
+    pool_size: int | None = None,
 ) -> Tensor:
     """Attention between the mean query and the mean key of every pair of blocks (pooled estimate of block mass).
+
+    With a ``pool_size``, a divisor of the block size, the means are those of as many consecutive tokens; a block of
+    keys has the sum of their attention, a block of queries their mean.
 
     Returns:
         (batch, heads, query_blocks, key_blocks) float32 or float64; rows sum to one over the blocks that they may see.
     """
     batch, heads, n, width = q.shape
     m = k.shape[2]
+    pool = block_size if pool_size is None else pool_size
     offset = query_offset(n, m, block_size, causal)
-    queries, _ = _block_means(permuted(q, permutation), block_size, offset)
-    keys, sizes = _block_means(permuted(k, permutation), block_size, 0)
+    queries, rows = _pool_means(permuted(q, permutation), pool, block_size, offset)
+    keys, sizes = _pool_means(permuted(k, permutation), pool, block_size, 0)
     factor = 1.0 / math.sqrt(width) if scale is None else float(scale)
     grouped = (queries * factor).reshape(batch, k.shape[1], -1, width)
-    # A block of few keys receives less.
+    # A pool of few keys receives less, an empty one nothing.
     logits = (grouped @ keys.transpose(-1, -2)).view(batch, heads, -1, keys.shape[2]) + sizes.log()
     if causal:
-        logits = logits.masked_fill(~visible_blocks(n, m, block_size, logits.device), -torch.inf)
-    return torch.softmax(logits, dim=-1)
+        first = (m - n) // block_size * (block_size // pool)
+        later = torch.arange(len(sizes), device=q.device) > (torch.arange(len(rows), device=q.device) + first)[:, None]
+        logits = logits.masked_fill(later, -torch.inf)
+    mass = torch.softmax(logits, dim=-1)
+    if pool == block_size:
+        return mass
+    mass = mass.unflatten(-1, (-1, block_size // pool)).sum(-1).unflatten(2, (-1, block_size // pool))
+    weights = rows.view(-1, block_size // pool, 1)
+    return (mass * weights).sum(3) / weights.sum(1)
 
 
 def visible_blocks(num_queries: int, num_keys: int, block_size: int, device: torch.device) -> Tensor:
@@ -46,15 +64,26 @@ def visible_blocks(num_queries: int, num_keys: int, block_size: int, device: tor
     return torch.arange(num_blocks(num_keys, block_size), device=device) <= (rows + first)[:, None]
 
 
-def _block_means(x: Tensor, block_size: int, offset: int) -> tuple[Tensor, Tensor]:
-    """Mean of every block, (batch, heads, blocks, d), at least float32; and (blocks,) tokens in each."""
+def _pool_means(x: Tensor, pool_size: int, block_size: int, offset: int) -> tuple[Tensor, Tensor]:
+    """Means of pools of consecutive tokens in whole blocks, and how many tokens each has.
+
+    Returns:
+        (batch, heads, pools, d), at least float32; (pools,) of the same dtype.
+    """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     length = x.shape[2]
-    blocks = num_blocks(length + offset, block_size)
-    padded = torch.nn.functional.pad(x, (0, 0, offset, blocks * block_size - length - offset))
-    ends = torch.arange(1, blocks + 1, device=x.device) * block_size
-    sizes = (ends.clamp_max(length + offset) - (ends - block_size).clamp_min(offset)).to(x.dtype)
-    return padded.unflatten(2, (blocks, block_size)).sum(3) / sizes[:, None], sizes
+    places = num_blocks(length + offset, block_size) * block_size
+    padded = torch.nn.functional.pad(x, (0, 0, offset, places - length - offset))
+    ends = torch.arange(pool_size, places + 1, pool_size, device=x.device)
+    sizes = ends.clamp_max(length + offset) - (ends - pool_size).clamp_min(offset)
+    sizes = sizes.clamp_min(0).to(x.dtype)
+    return padded.unflatten(2, (-1, pool_size)).sum(3) / sizes.clamp_min(1)[:, None], sizes
+
+
+def last_visible(visible: Tensor) -> Tensor:
+    """(..., query_blocks, 1) number of the last key block that each row of blocks sees; every row sees one."""
+    places = torch.arange(visible.shape[-1], device=visible.device)
+    return torch.where(visible, places, -1).amax(-1, keepdim=True)
 
 
 def highest_blocks(scores: Tensor, count: int | Tensor, num_prefix_blocks: int, visible: Tensor | None) -> Tensor:
@@ -64,7 +93,7 @@ def highest_blocks(scores: Tensor, count: int | Tensor, num_prefix_blocks: int, 
         scores: (batch, heads, query_blocks, key_blocks).
         count: key blocks per row, or int64 (batch, heads).
         num_prefix_blocks: leading key blocks that come before all others.
-        visible: causal: (query_blocks, key_blocks) bool; each row's last visible block comes before all others. Rows
+        visible: causal: bool, broadcastable to the scores; each row's last visible block comes before all others. Rows
             that see fewer blocks than ``count`` get all that they see.
 
     Returns:
@@ -74,9 +103,7 @@ def highest_blocks(scores: Tensor, count: int | Tensor, num_prefix_blocks: int, 
     scores = scores.clone()
     scores[..., :num_prefix_blocks] = highest
     if visible is not None:
-        # False is 0, so that the count of visible blocks minus one is the last of them.
-        last = visible.sum(-1, keepdim=True) - 1
-        scores.scatter_(-1, last.expand(*scores.shape[:3], 1), torch.inf)
+        scores.scatter_(-1, last_visible(visible).expand(*scores.shape[:3], 1), torch.inf)
         scores = scores.masked_fill(~visible, -torch.inf)
     if isinstance(count, int):
         order = scores.topk(count, dim=-1).indices

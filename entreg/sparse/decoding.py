@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 
 from entreg.errors import InputError
-from entreg.sparse._block_scores import (
-    block_scores,
-    joint_blocks,
-    pages_from_summaries,
-    row_scores,
-    support_counts,
-    visible_from_mask,
-)
 from entreg.sparse._blocks import highest_blocks, visible_blocks
-from entreg.sparse._counting import dense_entries
+from entreg.sparse._counting import block_entries, dense_entries, num_blocks
+from entreg.sparse._decoder_selection import (
+    block_scores,
+    blocks_by_mass,
+    counts_by_entropy,
+    selection_entries,
+    visible_from_mask,
+    with_first_visible,
+)
 from entreg.sparse.attention import dense_attention, sparse_attention
 from entreg.sparse.config import DecoderSparsity
 from entreg.sparse.plan import SparsityPlan
-from entreg.sparse.planning import blocks_for_density
+from entreg.sparse.planning import block_densities, blocks_within
 
 # The sink's block and the query's own.
 _LEAST_BLOCKS = 2
@@ -109,7 +109,7 @@ def decoder_attention(
         if n == 1:
             plan = _page_plan(q, k, sparsity, scale, mask, pages)
         else:
-            plan = _prompt_plan(q, k, sparsity, scale, mask)
+            plan = None if sparsity.sparsity == 0 else _prompt_plan(q, k, sparsity, scale, mask)
     if plan is None:
         return dense_attention(q, k, v, causal=True, scale=scale, mask=mask), None
     return sparse_attention(q, k, v, plan, scale=scale, mask=mask, backend=sparsity.backend), plan
@@ -118,33 +118,21 @@ def decoder_attention(
 def _prompt_plan(
     q: Tensor, k: Tensor, sparsity: DecoderSparsity, scale: float | None, mask: Tensor | None
 ) -> SparsityPlan | None:
-    if sparsity.sparsity == 0:
-        return None
     n, m = q.shape[2], k.shape[2]
     size = 1 if sparsity.selection == "topk" else sparsity.block_size
-    scored = row_scores(q, k, sparsity, size)
-    count = blocks_for_density(n, m, size, 1.0 - sparsity.sparsity - scored.entries / dense_entries(n, m, True))
-    if count < _LEAST_BLOCKS:
+    entries = selection_entries(sparsity, n, m)
+    densities = block_densities(n, m, size, True)
+    count = blocks_within(densities, 1.0 - sparsity.sparsity - entries / dense_entries(n, m, True))
+    if count < _LEAST_BLOCKS or count == len(densities):
         return None
     visible = visible_blocks(n, m, size, q.device) if mask is None else visible_from_mask(mask, size)
-    scores = block_scores(q, k, sparsity, size, scale, mask, visible)
+    scores = with_first_visible(block_scores(q, k, sparsity, size, scale=scale, mask=mask), visible)
     if sparsity.budget == "mass":
-        chosen = joint_blocks(scores, count, n, m, size, visible)
+        chosen = blocks_by_mass(scores, count, visible, block_entries(n, m, size, True, q.device))
     else:
-        counts = count
-        if sparsity.budget == "entropy":
-            counts = support_counts(scores, count, n, m, size)
-        chosen = highest_blocks(scores, counts, 1, visible)
-    return SparsityPlan(
-        "blocks",
-        num_queries=n,
-        num_keys=m,
-        num_heads=q.shape[1],
-        causal=True,
-        block_mask=chosen,
-        block_size=size,
-        selection_entries=scored.entries,
-    )
+        counts = count if sparsity.budget == "uniform" else counts_by_entropy(scores, count, visible, densities)
+        chosen = highest_blocks(scores, counts, 0, visible)
+    return _block_plan(q, k, chosen, size, entries)
 
 
 def _page_plan(
@@ -154,4 +142,38 @@ def _page_plan(
     scale: float | None,
     mask: Tensor | None,
     pages: PageSummaries | None,
-) -> SparsityPlan | None: ...
+) -> SparsityPlan | None:
+    wanted = sparsity.sparsity if sparsity.decode_sparsity is None else sparsity.decode_sparsity
+    key_heads, m, size = k.shape[1], k.shape[2], sparsity.page_size
+    total, complete = num_blocks(m, size), m // size
+    entries = 0 if sparsity.selection == "window" else complete
+    # Whole pages, though the newest may be shorter: the budget is never exceeded.
+    count = int(((1.0 - wanted) * m - entries) // size)
+    if wanted == 0 or count < _LEAST_BLOCKS or count >= total:
+        return None
+    scores = torch.arange(total, device=q.device, dtype=torch.float32).expand(len(q), key_heads, 1, -1)
+    if sparsity.selection != "window":
+        summaries = PageSummaries(size) if pages is None else pages
+        logits = q.reshape(len(q), key_heads, -1, q.shape[3]) @ summaries.update(k).transpose(-1, -2)
+        factor = q.shape[3] ** -0.5 if scale is None else scale
+        # The incomplete page, if there is one, is the query's own and kept whatever it scores.
+        mass = torch.softmax(logits.float() * factor, dim=-1).mean(2, keepdim=True)
+        scores = torch.nn.functional.pad(mass, (0, total - complete))
+    visible = torch.ones(1, total, dtype=torch.bool, device=q.device)
+    if mask is not None:
+        visible = visible_from_mask(mask, size)
+    chosen = highest_blocks(with_first_visible(scores, visible), count, 0, visible)
+    return _block_plan(q, k, chosen, size, entries)
+
+
+def _block_plan(q: Tensor, k: Tensor, chosen: Tensor, size: int, entries: int) -> SparsityPlan:
+    return SparsityPlan(
+        "blocks",
+        num_queries=q.shape[2],
+        num_keys=k.shape[2],
+        num_heads=q.shape[1],
+        causal=True,
+        block_mask=chosen,
+        block_size=size,
+        selection_entries=entries,
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import bisect
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any
@@ -226,10 +227,9 @@ def _block_budget(
     density = _checked_density(budget)
     if density == 1.0:
         return blocks
-    total = dense_entries(q.shape[2], k.shape[2], causal)
-    densities = _block_densities(q.shape[2], k.shape[2], block_size, causal)
-    cost = selection_entries / total
-    count = sum(1 for reached in densities if reached + cost <= density + _ROUNDING)
+    densities = block_densities(q.shape[2], k.shape[2], block_size, causal)
+    cost = selection_entries / dense_entries(q.shape[2], k.shape[2], causal)
+    count = blocks_within(densities, density - cost)
     if count < least:
         raise InputError(
             f"a density of {budget} leaves too few of {blocks} key blocks: the smallest possible is "
@@ -238,8 +238,13 @@ def _block_budget(
     return count
 
 
+def blocks_within(densities: Sequence[float], density: float) -> int:
+    """The most key blocks per query block, out of 1, 2, ..., whose density is not above the given one; perhaps 0."""
+    return bisect.bisect_right(densities, density + _ROUNDING)
+
+
 @lru_cache(maxsize=256)
-def _block_densities(num_queries: int, num_keys: int, block_size: int, causal: bool) -> tuple[float, ...]:
+def block_densities(num_queries: int, num_keys: int, block_size: int, causal: bool) -> tuple[float, ...]:
     """For 1, 2, ... key blocks per query block the largest density of entries that they can have."""
     entries = block_entries(num_queries, num_keys, block_size, causal, torch.device("cpu"))
     if causal:

@@ -1,0 +1,188 @@
+"""Which blocks of keys a decoder's blocks of queries need: estimates of attention mass, and budgets that share it out.
+
+All scores are shared by the query heads that read one key head, because a block that is copied serves all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from entreg.entropy.soft_partition import entropy_of_masses
+from entreg.sparse._blocks import last_visible, pooled_block_scores
+from entreg.sparse._counting import num_blocks, query_offset
+from entreg.sparse.config import DecoderSparsity
+
+# Query blocks whose sampled rows are looked at together: their keys end at the last of them, so that little of the
+# causal upper part is computed.
+_CHUNK_BLOCKS = 16
+# The sink, the row's own block and one to choose.
+_LEAST_CHOICE = 3
+_BISECTIONS = 50
+
+
+def selection_entries(sparsity: DecoderSparsity, num_queries: int, num_keys: int) -> int:
+    """Score entries per head that :func:`block_scores` computes; 0 for ``window``, and for ``oracle`` by definition."""
+    n, m = num_queries, num_keys
+    if sparsity.selection == "pooled":
+        offset = query_offset(n, m, sparsity.pool_size, True)
+        return num_blocks(n + offset, sparsity.pool_size) * num_blocks(m, sparsity.pool_size)
+    if sparsity.selection == "sampled":
+        chunks = _chunks(sparsity.block_size, n, m)
+        return sum((end - start) * sparsity.num_sampled_queries * keys for start, end, keys in chunks)
+    return 0
+
+
+def block_scores(
+    q: Tensor, k: Tensor, sparsity: DecoderSparsity, block_size: int, *, scale: float | None, mask: Tensor | None
+) -> Tensor:
+    """Estimated attention mass of every pair of blocks, mean over the queries of a block and the heads of a group.
+
+    Args:
+        q: (batch, heads, n, d).
+        k: (batch, key_heads, m, d), m >= n.
+        sparsity: its ``selection`` says how.
+        block_size: of the plan.
+        scale: factor of the logits; default 1/sqrt(d).
+        mask: (batch, 1, n, m) bool of allowed entries, or None.
+
+    Returns:
+        (batch, key_heads or 1, query_blocks, key_blocks) float32 or float64. What no query may see has any value.
+    """
+    heads, key_heads, n, m = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
+    if sparsity.selection == "window":
+        rows = num_blocks(n + query_offset(n, m, block_size, True), block_size)
+        columns = torch.arange(num_blocks(m, block_size), device=q.device, dtype=torch.float32)
+        return columns.expand(len(q), 1, rows, -1)
+    if sparsity.selection == "pooled":
+        pool = sparsity.pool_size
+        scores = pooled_block_scores(q, k, block_size, scale=scale, causal=True, permutation=None, pool_size=pool)
+    else:
+        number = sparsity.num_sampled_queries if sparsity.selection == "sampled" else block_size
+        scores = _sampled_scores(q, k, number, block_size, scale, mask)
+    return scores.unflatten(1, (key_heads, heads // key_heads)).mean(2)
+
+
+def visible_from_mask(mask: Tensor, block_size: int) -> Tensor:
+    """(batch, 1, query_blocks, key_blocks) bool: pairs of blocks with an allowed entry; each row's own block always.
+
+    Args:
+        mask: (batch, 1, n, m) bool, causal.
+        block_size: tokens per block.
+    """
+    n, m = mask.shape[2:]
+    offset = query_offset(n, m, block_size, True)
+    rows, columns = num_blocks(n + offset, block_size), num_blocks(m, block_size)
+    padded = pad(mask, (0, columns * block_size - m, offset, rows * block_size - n - offset))
+    seen = padded.unflatten(3, (columns, block_size)).any(-1).unflatten(2, (rows, block_size)).any(3)
+    own = torch.arange(rows, device=mask.device)
+    seen[..., own, own + (m - n) // block_size] = True
+    return seen
+
+
+def with_first_visible(scores: Tensor, visible: Tensor) -> Tensor:
+    """The scores with every row's first visible block, the attention sink of its document, above all others."""
+    first = visible.to(torch.int8).argmax(-1, keepdim=True)
+    return scores.scatter(-1, first.expand(*scores.shape[:3], 1), torch.finfo(scores.dtype).max)
+
+
+def counts_by_entropy(scores: Tensor, count: int, visible: Tensor, densities: Sequence[float]) -> Tensor:
+    """Key blocks per row and head in proportion to exp(H), of the density that ``count`` for all would have.
+
+    H is the entropy in nats of a row's estimated distribution over blocks; exp(H) is averaged over the rows.
+
+    Args:
+        scores: (batch, key_heads, query_blocks, key_blocks), non-negative.
+        count: of the uniform budget, at least 1.
+        visible: bool, broadcastable to the scores.
+        densities: for 1, 2, ... key blocks per row the density that they have.
+
+    Returns:
+        (batch, key_heads) int64, each at least min(count, 3): sink, own block and one to choose.
+    """
+    mass = scores.masked_fill(~visible, 0.0)
+    mass = mass / mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
+    support = entropy_of_masses(mass).exp().mean(-1).double().cpu()
+    table = torch.tensor(densities, dtype=torch.float64)
+    least, most = min(count, _LEAST_CHOICE), len(densities)
+    low, high = torch.zeros(len(support), 1, dtype=torch.float64), torch.full((len(support), 1), float(most))
+
+    def counts_at(factor: Tensor) -> Tensor:
+        return (factor * support).floor().long().clamp(least, most)
+
+    # The density is a step function that grows with the factor: bisection finds the largest that is not too dense.
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        fits = table[counts_at(middle) - 1].mean(-1, keepdim=True) <= densities[count - 1]
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+    return counts_at(low).to(scores.device)
+
+
+def blocks_by_mass(scores: Tensor, count: int, visible: Tensor, entries: Tensor) -> Tensor:
+    """The pairs of highest score over all heads and rows of a layer, of the density that ``count`` per row would have.
+
+    Args:
+        scores: (batch, key_heads, query_blocks, key_blocks); first visible blocks marked by the largest number.
+        count: of the uniform budget, at least 2.
+        visible: bool, broadcastable to the scores; every row's last visible block is kept.
+        entries: (query_blocks, key_blocks) float64 score entries of each pair.
+
+    Returns:
+        bool of the shape of the scores.
+    """
+    visible = visible.expand_as(scores)
+    ranked = scores.scatter(-1, last_visible(visible), torch.inf).masked_fill(~visible, -torch.inf).flatten(1)
+    seen = (entries > 0).sum(-1)
+    # What the uniform budget computes: its last block in part, the others in full.
+    rows = torch.arange(len(entries), device=entries.device)
+    full = entries.cumsum(-1)[rows, (torch.minimum(seen, seen.new_tensor(count)) - 1).clamp_min(0)]
+    own = entries[rows, seen - 1]
+    uniform = torch.where(seen > count, full - entries[rows, count - 1] + own, full)
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    cost = entries.expand_as(scores).flatten(1).gather(1, order)
+    # Sinks and own blocks come first and are kept whatever they cost.
+    forced = ranked.gather(1, order) >= torch.finfo(scores.dtype).max
+    kept = (cost.cumsum(1) <= uniform.sum() * scores.shape[1] + 0.5) | forced
+    chosen = torch.zeros_like(kept).scatter(1, order, kept).view_as(scores)
+    return chosen & visible
+
+
+def _chunks(block_size: int, num_queries: int, num_keys: int) -> list[tuple[int, int, int]]:
+    """First and last (exclusive) query block of every chunk, and how many keys its last block sees."""
+    rows = num_blocks(num_queries + query_offset(num_queries, num_keys, block_size, True), block_size)
+    first = (num_keys - num_queries) // block_size
+    starts = range(0, rows, _CHUNK_BLOCKS)
+    ends = [min(start + _CHUNK_BLOCKS, rows) for start in starts]
+    return [(start, end, min((first + end) * block_size, num_keys)) for start, end in zip(starts, ends, strict=True)]
+
+
+def _sampled_scores(
+    q: Tensor, k: Tensor, number: int, block_size: int, scale: float | None, mask: Tensor | None
+) -> Tensor:
+    """(batch, heads, query_blocks, key_blocks): mean attention of evenly spaced queries of each block to key blocks."""
+    batch, heads, n, width = q.shape
+    key_heads, m = k.shape[1], k.shape[2]
+    factor = 1.0 / math.sqrt(width) if scale is None else float(scale)
+    blocks = num_blocks(m, block_size)
+    within = ((torch.arange(number, device=q.device) + 0.5) * block_size / number).long()
+    parts = []
+    for start, end, keys in _chunks(block_size, n, m):
+        block = torch.arange(start, end, device=q.device)
+        # Blocks that are cut short by the first or last query repeat their nearest row.
+        rows = (block[:, None] * block_size + within - query_offset(n, m, block_size, True)).clamp(0, n - 1).flatten()
+        chosen = q.index_select(2, rows).reshape(batch, key_heads, -1, width)
+        logits = (chosen @ k[:, :, :keys].transpose(-1, -2)).view(batch, heads, -1, keys)
+        logits = logits.to(torch.promote_types(q.dtype, torch.float32)) * factor
+        if mask is None:
+            allowed = torch.arange(keys, device=q.device) <= (rows + (m - n))[:, None]
+        else:
+            allowed = mask[:, :, :, :keys].index_select(2, rows)
+        mass = torch.softmax(logits.masked_fill(~allowed, torch.finfo(logits.dtype).min), dim=-1)
+        mass = pad(mass, (0, num_blocks(keys, block_size) * block_size - keys))
+        mass = mass.unflatten(-1, (-1, block_size)).sum(-1).unflatten(2, (end - start, number)).mean(3)
+        parts.append(pad(mass, (0, blocks - mass.shape[-1])))
+    return torch.cat(parts, dim=2)
