@@ -16,6 +16,7 @@ from entreg.records.language_study import (
     exponential,
     is_default,
     quality_studies,
+    random_weights,
 )
 from entreg.records.statistics import Estimate
 from entreg.records.tables import MISSING, NOT_RUN, Table, estimate, number, percent, ratio, register_table
@@ -75,7 +76,9 @@ def aims(records: list[dict[str, Any]]) -> Table | None:
         for cell in speed_cells(records)
         if cell.model.startswith(MODEL) and cell.dtype == DTYPE and cell.device.startswith("CPU")
     ]
-    studies = quality_studies(r for r in records if r["experiment"] == f"{LANGUAGE[0]}{MODEL}")
+    studies = quality_studies(
+        r for r in records if r["experiment"] == f"{LANGUAGE[0]}{MODEL}" and not random_weights(r)
+    )
     rows, used = [], []
     for aim in SPEED_AIMS:
         found = [c for c in cells if (c.phase, c.context, c.batch) == (aim.phase, aim.context, aim.batch)]

@@ -173,11 +173,12 @@ def rouge_drop(records: Records) -> Evidence | None:
 
 
 def _judged(records: Records) -> list[LanguageStudy]:
-    """Studies that a verdict may rest on: at the paper's scale of the paper's models only."""
+    """Studies that a verdict may rest on: of trained models, at the paper's scale of the paper's only."""
+    studies = [study for study in quality_studies(records) if not study.random_weights]
     if records[0]["scale"] == "paper":
         wanted = tuple(f"{LANGUAGE[0]}{model}" for model in PAPER_MODELS)
-        return [study for study in quality_studies(records) if study.experiment in wanted]
-    return [study for study in quality_studies(records) if study.experiment != OTHER_MODEL]
+        return [study for study in studies if study.experiment in wanted]
+    return [study for study in studies if study.experiment != OTHER_MODEL]
 
 
 def _claimed_level(study: LanguageStudy, task: str) -> float | None:

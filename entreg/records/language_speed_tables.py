@@ -14,6 +14,7 @@ from entreg.records.language_study import (
     is_default,
     model_label,
     plan_label,
+    random_weights,
     where,
 )
 from entreg.records.record import SCALES
@@ -68,11 +69,6 @@ class SpeedCell:
     def at_claimed_sparsity(self) -> Row | None:
         """The default plan's row at 70 to 75 % realised sparsity, the one nearest to 75 %."""
         return self.default_plan(CLAIMED_SPARSITY)
-
-
-def random_weights(record: Mapping[str, Any]) -> bool:
-    """Whether a record's model has random weights, which decide quality and not speed."""
-    return (record["model"] or {}).get("weights") == "random"
 
 
 def speed_cells(records: Iterable[Mapping[str, Any]], phase: str | None = None) -> list[SpeedCell]:

@@ -124,6 +124,12 @@ def where(record: Mapping[str, Any]) -> str:
     return f"CPU, {threads} thread(s)"
 
 
+def random_weights(record: Mapping[str, Any]) -> bool:
+    """Whether a record's model has random weights, which decide quality and not speed."""
+    model = record["model"] or {}
+    return any("random weights" in str(model.get(field)) for field in ("weights", "revision"))
+
+
 class LanguageStudy:
     """Rows of ``llm/...`` records of one experiment, model and scale.
 
@@ -156,9 +162,15 @@ class LanguageStudy:
     @property
     def model(self) -> str:
         """The model in words."""
+        name = (self._any["model"] or {"name": "model"})["name"]
         if self.experiment != OTHER_MODEL and not self.experiment.startswith(TRAINING):
-            return model_label(self.experiment.removeprefix(LANGUAGE[0]))
-        return model_label((self._any["model"] or {"name": "model"})["name"])
+            name = self.experiment.removeprefix(LANGUAGE[0])
+        return model_label(name) + (", random weights" if self.random_weights else "")
+
+    @property
+    def random_weights(self) -> bool:
+        """Whether the model has random weights, so that its quality means nothing."""
+        return random_weights(self._any)
 
     @property
     def title(self) -> str:
@@ -168,7 +180,11 @@ class LanguageStudy:
     @property
     def circumstances(self) -> str:
         """Data, precision and device in words."""
-        parts = [self._any["dataset"]["name"], setting(self._any, "dtype"), where(self._any)]
+        dataset = self._any["dataset"]
+        data = dataset.get("text", dataset["name"])
+        if self.contexts("summary") and dataset.get("summaries", data) != data:
+            data = f"{data}, articles of {dataset['summaries']}"
+        parts = [data, setting(self._any, "dtype"), where(self._any)]
         return ", ".join(str(part) for part in parts if part)
 
     @property
@@ -287,13 +303,11 @@ class LanguageStudy:
         """Seed to loss on plain text, nats per token."""
         return _values(self.rows(method, "perplexity", plan, level, **chosen), "loss")
 
-    def realised(self, method: str, plan: str, level: float | None, tasks: Sequence[str]) -> tuple[float, float] | None:
+    def realised(
+        self, method: str, plan: str, level: float | None, tasks: Sequence[str], field: str = "realised_sparsity"
+    ) -> tuple[float, float] | None:
         """Least and largest realised sparsity over tasks (at their reference contexts) and seeds."""
-        values = [
-            value
-            for task in tasks
-            for value in _values(self.rows(method, task, plan, level), "realised_sparsity").values()
-        ]
+        values = [value for task in tasks for value in _values(self.rows(method, task, plan, level), field).values()]
         return (min(values), max(values)) if values else None
 
     def best_plan(self, method: str, plans: Sequence[str], wanted: float = WANTED_SPARSITY) -> str | None:

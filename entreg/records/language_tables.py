@@ -101,12 +101,12 @@ def _quality_row(study: LanguageStudy, method: str, plan: str, level: float) -> 
     found = study.mean(method, "needle", plan, level, "accuracy")
     lost = study.increase(method, "needle", plan, level, "accuracy")
     drop = study.drop(method, "summary", plan, level, "rouge_l")
-    decode = study.mean(method, "summary", plan, level, "decode_sparsity")
+    decode = study.realised(method, plan, level, tuple(TASKS), "decode_sparsity")
     return [
         study.title,
         name,
         span(study.realised(method, plan, level, tuple(TASKS))) if sparse else MISSING,
-        percent(decode) if sparse and decode is not None else MISSING,
+        span(decode) if sparse and decode is not None else MISSING,
         _number(perplexity, 4),
         _ratio(study.perplexity_ratio(method, plan, level)) if sparse else MISSING,
         _number(copied),

@@ -62,6 +62,7 @@ def language_record(
     scale: str = "offline",
     utc: str = "2026-01-01T00:00:00Z",
     model: str = "smollm2",
+    weights: str = "published",
     **metrics: Any,
 ) -> dict[str, Any]:
     """A valid record of one training method and seed, on a CPU whatever this machine has."""
@@ -71,7 +72,7 @@ def language_record(
         config={"method": method, "seed": seed, "device": "cpu", "dtype": "float32", "threads": 2},
         command="make reproduce-llm",
         dataset={"name": "wikipedia_sample"},
-        model={"name": model},
+        model={"name": model, "revision": {"source": f"{model}, {weights} weights"}},
         seed=seed,
         repeats=1,
         metrics=metrics,
@@ -130,7 +131,7 @@ def speed_record(
     scale: str = "offline",
     utc: str = "2026-01-01T00:00:00Z",
     model: str = "smollm2",
-    weights: str = "trained",
+    weights: str = "published",
     gpu: str | None = None,
     number: int = 0,
 ) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def speed_record(
         config={"number": number, "model": model, "device": device, "threads": 2},
         command="make bench-llm",
         dataset={"name": "random tokens"},
-        model={"name": model, "weights": weights},
+        model={"name": model, "weights": f"{weights} weights"},
         seed=0,
         repeats=7,
         metrics={"threads": 2},

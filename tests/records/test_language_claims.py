@@ -101,6 +101,7 @@ def test_the_worst_of_several_models_counts():
         pytest.param(quality(scale="paper"), id="the offline model is not one of the paper's"),
         pytest.param(quality(experiment="llm/other", model="/models/mine", scale="paper"), id="another model, paper"),
         pytest.param(quality(experiment="llm/other", model="/models/mine"), id="another model, offline"),
+        pytest.param(quality(weights="random"), id="random weights"),
         pytest.param(quality(realised=0.6), id="less sparse than claimed"),
         pytest.param(quality(realised=0.8), id="sparser than claimed"),
         pytest.param(language_record([]), id="nothing measured"),

@@ -185,6 +185,11 @@ def test_scales_models_and_experiments_are_studies_of_their_own():
 
 def test_data_precision_and_device_are_told():
     assert study().circumstances == "wikipedia_sample, float32, CPU, 2 thread(s)"
+    record = language_record([summary("dense", 0.0, 20.0)])
+    record["dataset"] |= {"text": "wikitext_2", "summaries": "cnn_dailymail"}
+    assert LanguageStudy([record]).circumstances.startswith("wikitext_2, articles of cnn_dailymail, float32, ")
+    record["rows"] = []
+    assert LanguageStudy([record]).circumstances.startswith("wikitext_2, float32, ")
     assert where(speed_record([], gpu="NVIDIA H100")) == "NVIDIA H100"
     # A CPU run on a machine with a GPU.
     record = language_record([])

@@ -5,7 +5,8 @@ import math
 import pytest
 
 from entreg.records.language_aims_tables import aims
-from entreg.records.language_speed_tables import decode, prefill, random_weights, speed_cells
+from entreg.records.language_speed_tables import decode, prefill, speed_cells
+from entreg.records.language_study import random_weights
 from entreg.records.language_tables import levels, quality, support, training
 from entreg.records.registry import discover
 from entreg.records.tables import provenance, table_registry
@@ -110,6 +111,12 @@ def test_scales_and_models_have_rows_of_their_own():
     }
     assert set(table.record_ids) == {record["id"] for record in records}
     assert provenance(records, table.record_ids)
+
+
+def test_random_weights_are_told_with_the_quality():
+    assert rows_of(quality([language_record(full(), weights="random")]))[0]["model, scale"] == (
+        "SmolLM2-135M, random weights, offline"
+    )
 
 
 def test_a_study_of_several_methods_names_them():
@@ -284,6 +291,7 @@ def test_what_realises_another_sparsity_meets_no_aim():
         pytest.param(speed_record([timed("ours", 0.1)], gpu="NVIDIA H100"), id="a GPU"),
         pytest.param(speed_record([timed("ours", 0.1, model="phi_2")], model="phi_2"), id="another model"),
         pytest.param(language_record(full(), experiment="llm/phi_2", model="phi_2"), id="quality of another model"),
+        pytest.param(language_record(full(), weights="random"), id="quality of random weights"),
         pytest.param(language_record(full(), scale="paper"), id="quality at another scale"),
     ],
 )
