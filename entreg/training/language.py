@@ -20,8 +20,9 @@ penalties choose their anchors by :func:`entreg.training.vision.prepare_penaltie
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -272,19 +273,28 @@ def prepare_language_training(model: nn.Module, adaptation: Mapping[str, Any]) -
         ConfigError: an unknown kind or key, a value out of range, or a model that is no decoder of transformers; the
             model is unchanged.
     """
+    check_adaptation(adaptation)
     _stock_decoder(model)
     options = {name: value for name, value in adaptation.items() if name != "kind"}
-    kinds = {"full": (full, ()), "lora": (low_rank, ("rank", "alpha", "targets", "dropout", "seed"))}
+    return full(model) if adaptation["kind"] == "full" else low_rank(model, **options)
+
+
+def check_adaptation(adaptation: Mapping[str, Any]) -> None:
+    """Refuse an impossible adaptation, see :func:`prepare_language_training`, before any model is loaded.
+
+    Raises:
+        ConfigError: an unknown kind or key, a value out of range, or peft is needed and not installed.
+    """
+    kinds = {"full": (), "lora": ("rank", "alpha", "targets", "dropout", "seed")}
     kind = adaptation.get("kind")
     if kind not in kinds:
         raise ConfigError(f"the adaptation of a language model must be one of {', '.join(kinds)}, got {kind!r}")
-    function, known = kinds[kind]
-    unknown = sorted(set(options) - set(known))
+    known = ("kind", *kinds[kind])
+    unknown = sorted(set(adaptation) - set(known))
     if unknown:
-        raise ConfigError(
-            f"unknown key '{unknown[0]}' of the adaptation {kind}, known are {', '.join(('kind', *known))}"
-        )
-    return function(model, **options)
+        raise ConfigError(f"unknown key '{unknown[0]}' of the adaptation {kind}, known are {', '.join(known)}")
+    if kind == "lora":
+        _check_low_rank(**{name: adaptation[name] for name in ("rank", "alpha", "dropout") if name in adaptation})
 
 
 def full(model: nn.Module) -> nn.Module:
@@ -323,16 +333,10 @@ def low_rank(
         ConfigError: a value out of range, a target that the model does not have, additions that are there already, or
             peft is not installed; the model is unchanged.
     """
+    _check_low_rank(rank, alpha, dropout)
     ensure_torchvision()
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ModuleNotFoundError as error:
-        raise ConfigError("low-rank training needs peft: install entreg[llm]") from error
-    if not isinstance(rank, int) or rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1:
-        raise ConfigError(
-            "low-rank training needs a whole rank of at least 1, alpha above 0 and dropout in [0, 1), got "
-            f"{rank}, {alpha} and {dropout}"
-        )
+    from peft import LoraConfig, inject_adapter_in_model
+
     if next(_additions(model), None) is not None:
         raise ConfigError("the model has low-rank additions already; merge_low_rank makes them part of its weights")
     names = _target_names(model, targets)
@@ -345,6 +349,17 @@ def low_rank(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+def _check_low_rank(rank: int = 16, alpha: float = 32.0, dropout: float = 0.0) -> None:
+    numbers = all(isinstance(value, int | float) for value in (alpha, dropout))
+    if not isinstance(rank, int) or not numbers or rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1:
+        raise ConfigError(
+            "low-rank training needs a whole rank of at least 1, alpha above 0 and dropout in [0, 1), got "
+            f"{rank}, {alpha} and {dropout}"
+        )
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError("low-rank training needs peft: install entreg[llm]")
 
 
 @torch.no_grad()
@@ -364,12 +379,12 @@ def merge_low_rank(model: nn.Module) -> nn.Module:
     return model
 
 
-def _additions(model: nn.Module) -> Any:
+def _additions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, layer) of every layer with a low-rank addition."""
-    try:
-        from peft.tuners.lora import LoraLayer
-    except ModuleNotFoundError:
+    if importlib.util.find_spec("peft") is None:
         return iter(())
+    from peft.tuners.lora import LoraLayer
+
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
 
 

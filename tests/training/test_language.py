@@ -399,6 +399,7 @@ def test_windows_are_read_one_by_one_or_many_at_once():
         ({**LORA, "scale": 1.0}, "unknown key 'scale' of the adaptation lora"),
         ({**LORA, "rank": 0}, "rank of at least 1"),
         ({**LORA, "alpha": -1.0}, "alpha above 0"),
+        ({**LORA, "dropout": "none"}, r"dropout in \[0, 1\), got 3, 6.0 and none"),
         ({**LORA, "targets": ["q_prog"]}, "no linear layer 'q_prog'; targets may be attention, linear, down_proj"),
         ({**LORA, "targets": []}, "at least one target"),
     ],
