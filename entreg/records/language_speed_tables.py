@@ -62,6 +62,7 @@ class SpeedCell:
             for row in self.rows
             if row["role"] == "ours"
             and is_default(row["method"])
+            and row["realised_sparsity"] is not None
             and low - SPARSITY_TOLERANCE <= row["realised_sparsity"] <= high + SPARSITY_TOLERANCE
         ]
         return min(found, key=lambda row: abs(row["realised_sparsity"] - WANTED_SPARSITY), default=None)

@@ -90,7 +90,7 @@ def timed(
     phase: str = "prefill",
     context: int = 4096,
     batch: int = 1,
-    realised: float = 0.75,
+    realised: float | None = 0.75,
     dense: float = 1.0,
     model: str = "smollm2",
     dtype: str = "bfloat16",
@@ -116,7 +116,7 @@ def timed(
         "peak_bytes": None,
         "speedup_over_dense": dense / seconds,
         "attention_share": 0.5,
-        "bound": None if role == "baseline" else 1.0 / (1.0 - 0.5 * realised),
+        "bound": None if role == "baseline" else 1.0 / (1.0 - 0.5 * (realised or 0.0)),
         "selection_seconds": None if role == "baseline" else 0.1 * seconds,
         "compilation": "none",
     }

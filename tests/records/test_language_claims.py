@@ -174,6 +174,7 @@ def test_speed_is_the_least_of_the_models_on_their_best_settings():
         pytest.param([timed("window", 0.1, role="rival")], id="a rival only"),
         pytest.param([timed("ours", 0.1, phase="decode")], id="decoding only"),
         pytest.param([timed("ours", 0.1, model="tiny")], id="an unknown model"),
+        pytest.param([timed("ours", 0.1, realised=None, bound=None)], id="no sparsity told"),
         pytest.param([timed("ours", 0.1, speedup_over_dense=None)], id="nothing to compare with"),
     ],
 )
