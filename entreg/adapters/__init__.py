@@ -44,8 +44,7 @@ def sparsify(model: nn.Module, sparsity: float | Sparsity, *, record: bool = Fal
         sparsity: a number in [0, 1): realised sparsity of the default plan; or a whole configuration. 0 leaves the
             stock outputs, of a decoder those with transformers' SDPA attention.
         record: keep what was chosen in ``handle.selections``.
-        options: of a ViT ``gate`` and ``generator``, see :func:`entreg.adapters.timm_vit.sparsify`; of a decoder
-            ``budgets``, see :func:`entreg.adapters.transformers_decoder.sparsify`.
+        options: of a ViT only: ``gate`` and ``generator``, see :func:`entreg.adapters.timm_vit.sparsify`.
 
     Returns:
         The handle that lists what changed and undoes it.

@@ -305,7 +305,6 @@ class DecoderSparsifyHandle(SparsifyHandle):
 
     Attributes:
         settings: the :class:`~entreg.sparse.DecoderSparsity`.
-        budgets: of the layers that have one of their own, see :func:`entreg.sparse.decoder_attention`.
         depth: layers of the model, sparse or not.
         pages: of every cache that is in use, by layer, what is remembered of its pages of keys from step to step.
     """
@@ -316,13 +315,12 @@ class DecoderSparsifyHandle(SparsifyHandle):
         changed: list[str],
         undo: Callable[[nn.Module], None],
         settings: DecoderSparsity,
-        budgets: Mapping[int, Any],
         body: nn.Module,
         depth: int,
         record: bool,
     ) -> None:
         super().__init__(model, changed, undo, record)
-        self.settings, self.budgets, self.depth = settings, budgets, depth
+        self.settings, self.depth = settings, depth
         self.pages: WeakKeyDictionary[Any, dict[int, PageSummaries]] = WeakKeyDictionary()
         self._body = body
 
@@ -337,9 +335,8 @@ class DecoderSparsifyHandle(SparsifyHandle):
 
     def _twin(self, model: nn.Module, memo: dict[int, Any]) -> DecoderSparsifyHandle:
         body = copy.deepcopy(self._body, memo)
-        changed = list(self.changed)
         return DecoderSparsifyHandle(
-            model, changed, self._undo, self.settings, self.budgets, body, self.depth, self.record
+            model, list(self.changed), self._undo, self.settings, body, self.depth, self.record
         )
 
     def _run(self, *inputs: Tensor) -> None:

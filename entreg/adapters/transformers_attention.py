@@ -47,6 +47,8 @@ class Attachment:
         self.probes: list[tuple[ProbeHandle, frozenset[int]]] = []
         self._seen: set[int] = set()
         self._caches: dict[int, ReferenceType[Cache]] = {}
+        # Masks of this pass, which layers share, and what is left of each.
+        self._masks: dict[int, tuple[Tensor, Tensor | None]] = {}
         AttentionInterface.register(NAME, attend)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         body.set_attn_implementation(NAME)
@@ -68,7 +70,7 @@ class Attachment:
         memo[id(self)] = twin
         for name in ("body", "attentions", "config", "stock_implementation", "sparse", "_hooks"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
-        twin.probes, twin._seen, twin._caches = [], set(), {}
+        twin.probes, twin._seen, twin._caches, twin._masks = [], set(), {}, {}
         twin.detach_if_unused()
         return twin
 
@@ -96,6 +98,7 @@ class Attachment:
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         self._seen.clear()
+        self._masks.clear()
         if self.sparse is not None:
             self.sparse.selections = []
         for handle, _ in self.probes:
@@ -126,15 +129,17 @@ class Attachment:
         self._seen.add(layer)
         watching = [] if again else [handle for handle, layers in self.probes if layer in layers]
         sparse = self.sparse if self.sparse is not None and self.sparse.acts_on(layer) else None
+        leaves_out = sparse is not None and sparse.is_sparse(q.shape[2])
         plan, out = None, None
-        if watching or (sparse is not None and sparse.is_sparse(q.shape[2])):
+        if watching or leaves_out:
             _require_supported(module, options)
             cache = self._caches.get(layer, lambda: None)()
-            keys, values, seen_mask = _filled(cache, layer, k, v, mask)
+            keys, values = _filled(cache, layer, k, v)
+            seen_mask = None if mask is None else self._needed(mask, keys.shape[2])
             scale = q.shape[-1] ** -0.5 if scaling is None else scaling
             for handle in watching:
                 handle.captures.append(DecoderCapture(layer, q, keys, values, scale, seen_mask))
-            if sparse is not None and sparse.is_sparse(q.shape[2]):
+            if leaves_out:
                 _require_plain(mask, dropout)
                 out, plan = decoder_attention(
                     q,
@@ -143,7 +148,6 @@ class Attachment:
                     sparse.settings,
                     scale=scale,
                     mask=seen_mask,
-                    budgets=sparse.budgets.get(layer),
                     pages=None if cache is None else _pages(sparse, cache, layer),
                 )
         if sparse is not None and sparse.record and not again:
@@ -152,7 +156,22 @@ class Attachment:
             return sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling, **options)
         return out.transpose(1, 2).contiguous(), None
 
+    def _needed(self, mask: Tensor, num_keys: int) -> Tensor | None:
+        """The mask of so many keys; None if it says no more than that attention is causal."""
+        if id(mask) not in self._masks:
+            needed = mask[..., :num_keys]
+            if mask.dtype == torch.bool:
+                n, m = needed.shape[2:]
+                causal = torch.ones(n, m, dtype=torch.bool, device=mask.device).tril(m - n)
+                if torch.equal(needed, causal.expand_as(needed)):
+                    needed = None
+            # With the mask itself, so that no other gets its id.
+            self._masks[id(mask)] = mask, needed
+        return self._masks[id(mask)][1]
 
+
+# What is kept between calls is no part of a compiled graph; neither is a choice that depends on the data.
+@torch.compiler.disable
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -189,24 +208,24 @@ def attend(
     return attachment.attend(module, query, key, value, attention_mask, scaling, dropout, options)
 
 
+@torch.compiler.disable
 def _begin(body: nn.Module, args: Any) -> None:
     Attachment.of(body).begin()
 
 
+@torch.compiler.disable
 def _see_cache(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     # Under several names in transformers' models.
     found = (value for value in (*args, *kwargs.values()) if isinstance(value, Cache))
     Attachment.of(module).see_cache(module.layer_idx, next(found, None))
 
 
-def _filled(
-    cache: Cache | None, layer: int, k: Tensor, v: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys, values and mask without the empty places of a static cache, which come last."""
+def _filled(cache: Cache | None, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values without the empty places of a static cache, which come last."""
     length = 0 if cache is None else int(cache.get_seq_length(layer))
     if not 0 < length < k.shape[2]:
-        return k, v, mask
-    return k[:, :, :length], v[:, :, :length], None if mask is None else mask[..., :length]
+        return k, v
+    return k[:, :, :length], v[:, :, :length]
 
 
 def _pages(sparse: DecoderSparsifyHandle, cache: Cache, layer: int) -> PageSummaries:

@@ -7,8 +7,7 @@ another wrapper are found there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,23 +22,17 @@ _SUPPORTED = (
 )
 
 
-def sparsify(
-    model: nn.Module,
-    sparsity: float | DecoderSparsity,
-    *,
-    record: bool = False,
-    budgets: Mapping[int, Any] | None = None,
-) -> DecoderSparsifyHandle:
+def sparsify(model: nn.Module, sparsity: float | DecoderSparsity, *, record: bool = False) -> DecoderSparsifyHandle:
     """Put the sparse path into a decoder.
 
     A second call replaces what the first one put in. Layers that stay dense run transformers' own SDPA, whatever the
-    model ran before, and so does everything at sparsity 0.
+    model ran before, and so does everything at sparsity 0. Under gradient checkpointing the path must still be there in
+    the backward pass, which runs the layers again.
 
     Args:
         model: stock decoder, see the module.
         sparsity: a number in [0, 1): realised sparsity of the default plan; or a whole configuration.
         record: keep what was chosen in ``handle.selections``, one entry per layer that the plan acts on.
-        budgets: by layer, given to :func:`entreg.sparse.decoder_attention`; None for those of the plan.
 
     Returns:
         The handle that lists what changed and undoes it.
@@ -52,18 +45,15 @@ def sparsify(
     depth = len(attentions)
     settings = _settings(sparsity)
     layers = range(depth) if settings.layers is None else settings.layers
-    for what, indices in (("layers", layers), ("budgets", budgets or ())):
-        if indices and not 0 <= min(indices) <= max(indices) < depth:
-            raise ConfigError(f"{what} must be of layers below {depth}, got {max(indices)}")
+    if max(layers) >= depth:
+        raise ConfigError(f"layers must be below {depth}, the number of layers, got {max(layers)}")
     names = {module: name for name, module in model.named_modules()}
     changed = [names[attentions[layer]] for layer in layers]
     earlier = Attachment.of(body)
     if earlier is not None and earlier.sparse is not None:
         earlier.sparse.remove()
     attachment = _attached(body, attentions)
-    attachment.sparse = DecoderSparsifyHandle(
-        model, changed, _take_out_path, settings, dict(budgets or {}), body, depth, record
-    )
+    attachment.sparse = DecoderSparsifyHandle(model, changed, _take_out_path, settings, body, depth, record)
     return attachment.sparse
 
 
