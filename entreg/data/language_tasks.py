@@ -191,8 +191,8 @@ def summary_tasks(
     room = max_tokens - len(before) - len(after)
     if room < min_tokens:
         raise InputError(
-            f"max_tokens of summary tasks must be at least {max_tokens - room + min_tokens} (instruction and min_tokens), "
-            f"got {max_tokens}"
+            f"max_tokens of summary tasks must be at least {max_tokens - room + min_tokens} (instruction and "
+            f"min_tokens), got {max_tokens}"
         )
     tasks: list[SummaryTask] = []
     for place in np.random.default_rng(seed).permutation(len(part.documents)):

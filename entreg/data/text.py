@@ -129,7 +129,7 @@ def _wikitext_2(root: str | Path | None, splits: Sequence[str]) -> Corpus:
                 "this WikiText-2 has its rare words replaced by <unk>; take wikitext-2-raw-v1, the raw version"
             )
         # Joined as in the literature's evaluations (a blank line between rows), then cut before each article's title.
-        pieces = [f"{row}\n\n" for row in rows]
+        pieces = [*(f"{row}\n\n" for row in rows[:-1]), rows[-1]]
         starts = [place for place, row in enumerate(rows) if _WIKITEXT_TITLE.fullmatch(row)]
         bounds = [0, *(place for place in starts if place), len(rows)]
         articles = ["".join(pieces[start:end]) for start, end in itertools.pairwise(bounds)]
@@ -169,7 +169,7 @@ class _Source:
 
     @property
     def advice(self) -> str:
-        command = f"hf download --repo-type dataset {self.hub} --include '{self.configuration}/*'"
+        command = f"hf download {self.hub} --repo-type dataset --include '{self.configuration}/*'"
         return f"fetch it with `{command} --local-dir FOLDER` and set data.root to that folder"
 
 
