@@ -34,7 +34,13 @@ from entreg.evaluation.studies import NOT_RECORDED, chosen_device, last_step, sc
 from entreg.records.record import config_hash, new_record
 from entreg.sparse import sparsity_from_mapping
 from entreg.sparse.config import DecoderSparsity
-from entreg.training.language import LanguageObjective, TokenWindows, merge_low_rank, prepare_language_training
+from entreg.training.language import (
+    LanguageObjective,
+    TokenWindows,
+    check_adaptation,
+    merge_low_rank,
+    prepare_language_training,
+)
 from entreg.training.loop import TrainingSettings, train, training_settings_from_mapping
 from entreg.training.penalties import Penalties, penalty_from_mapping
 from entreg.training.vision import frozen_copy, prepare_penalties
@@ -82,8 +88,19 @@ class LanguageRun:
         return self.config["name"]
 
     def make_record(self, command: str) -> dict[str, Any]:
-        """See :func:`run_language`."""
-        return run_language(self, command)
+        """See :func:`run_language`.
+
+        Raises:
+            ConfigError: besides, the device has too little memory.
+        """
+        try:
+            return run_language(self, command)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"{self.config['model']['name']} in {self.config['model']['dtype']} does not fit into the memory of "
+                "the device: take shorter contexts (evaluation.tasks.<task>.contexts), bfloat16 (model.dtype), or in "
+                "training a smaller trainer.batch_size / more trainer.gradient_accumulation"
+            ) from error
 
 
 def plan_run(config: Mapping[str, Any]) -> LanguageRun:
@@ -169,8 +186,8 @@ def run_language(run: LanguageRun, command: str) -> dict[str, Any]:
     settings, evaluation = _settings(run), run.config["evaluation"]
     corpora = open_corpora(evaluation, run.config["data"], training=settings.steps > 0)
     language = _load(run)
-    tasks = open_tasks(evaluation, corpora, language.tokenizer)
     check_model(language.model, language.name, evaluation)
+    tasks = open_tasks(evaluation, corpora, language.tokenizer)
     metrics = _train_further(run, language, corpora.get(("text", "train")))
     language.model.to(run.config["device"], getattr(torch, run.config["model"]["dtype"])).eval()
     measured, rows = evaluate_everything(language.model, language.tokenizer, tasks, evaluation)
@@ -306,6 +323,7 @@ def _check_training(run: LanguageRun) -> None:
     if regularizer["label_smoothing"] != 0:
         raise ConfigError("language models are trained without label smoothing: regularizer.label_smoothing must be 0")
     _penalties(run).require_decoder()
+    check_adaptation(training["adaptation"])
     path = sparsity_from_mapping(run.config["sparsity"])
     if path is not None and not isinstance(path, DecoderSparsity):
         raise ConfigError(f"a language model is trained with a sparsity of kind decoder, got {type(path).__name__}")

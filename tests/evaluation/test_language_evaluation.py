@@ -439,11 +439,12 @@ def test_rows_of_every_task_and_plan(model):
     assert dense["loss_per_item"] == pytest.approx(expected, rel=1e-5)
     assert nothing["loss_per_item"] == pytest.approx(expected, rel=1e-5)
     assert nothing["realised_sparsity"] == 0.0
-    assert sparse["realised_sparsity"] == pytest.approx(0.75, abs=0.05)
+    # Whole blocks of 16 x 16: the budget is kept, and missed by less than one block per row.
+    assert 0.75 <= sparse["realised_sparsity"] < 0.75 + 2 * 16 / 256
     assert sparse["loss"] != pytest.approx(dense["loss"], rel=1e-5)
     # The first of two tokens is read off the prompt; one step of decoding is left.
     assert needle["decode_sparsity"] == 0.0
-    assert written["decode_sparsity"] == pytest.approx(0.75, abs=0.1)
+    assert 0.75 <= written["decode_sparsity"] < 0.75 + 16 / 256
     assert (metrics["effective_support"]["context"], len(metrics["effective_support"]["row"])) == (128, 2)
     assert all(torch.equal(value, stock[name]) for name, value in model.state_dict().items())
     assert token_losses(model, ids).double().mean(1).tolist() == pytest.approx(expected, rel=1e-5)
