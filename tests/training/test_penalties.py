@@ -1,15 +1,18 @@
 """Every penalty against its formula written out in float64, and what a configuration may say about it."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 from entreg.errors import ConfigError
 from entreg.training.penalties import Penalties, penalty_from_mapping
 
 BATCH, HEADS, N, D, PREFIX = 2, 3, 9, 4, 2
+CONFIGS = Path(__file__).parents[2] / "configs" / "regularizer"
 
 
 def capture(layer: int = 0, seed: int = 0) -> SimpleNamespace:
@@ -242,6 +245,16 @@ def test_budget_is_a_hinge_at_its_logarithm():
     assert penalties.regularizer.terms["one"].floor == math.log(4)
     free, _ = values_of("row_entropy", [one], budget=N)
     assert free.item() == 0
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_committed_regulariser_is_possible(path):
+    values = yaml.safe_load(path.read_text())
+    terms = {name: penalty_from_mapping(one) for name, one in values.get("penalties", {}).items()}
+    if path.stem.startswith("llm_"):
+        Penalties(terms).require_decoder()
+        # The study's methods are named by the quantity.
+        assert [one.quantity for one in terms.values()] == [values["name"]]
 
 
 def test_no_penalties_is_none():
