@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from entreg.errors import AssetError
-from entreg.weights import load_weights, put_weights, weights_difference
+from entreg.weights import frozen_weights, load_weights, put_weights, weights_difference, weights_fingerprint
 
 
 def test_weights_of_a_file_arrive(tmp_path):
@@ -47,3 +47,29 @@ def test_a_file_that_is_missing_or_damaged_is_said_in_one_sentence(tmp_path):
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(AssetError, match="cannot be read"):
         load_weights(model, path)
+
+
+def test_frozen_weights_are_named_as_in_the_state_dictionary_ties_included():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model[1].weight = model[0].weight
+    assert frozen_weights(model) == {}
+    model[0].requires_grad_(False)
+    frozen = frozen_weights(model)
+    assert list(frozen) == ["0.weight", "0.bias", "1.weight"]
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in frozen.items())
+
+
+def test_a_fingerprint_tells_names_shapes_dtypes_and_values_apart():
+    value = torch.randn(3000, 2)
+    weights = {"a": value, "b": torch.ones(())}
+    same = weights_fingerprint({"b": torch.ones(()), "a": value.t().contiguous().t()})
+    assert weights_fingerprint(weights) == same
+    others = [
+        {"a": value, "c": torch.ones(())},
+        {"a": value.flatten(), "b": torch.ones(())},
+        {"a": value.bfloat16(), "b": torch.ones(())},
+        {"a": value + 1e-3, "b": torch.ones(())},
+        {"a": value},
+    ]
+    prints = {same, *(weights_fingerprint(one) for one in others)}
+    assert len(prints) == 1 + len(others)

@@ -136,7 +136,8 @@ class LanguageObjective:
 
         Raises:
             InputError: no token of the batch is to be predicted, or an entropy is not finite.
-            ConfigError: the model is no decoder of transformers with a linear head.
+            ConfigError: the model is no decoder of transformers with a linear head, or penalties meet windows that are
+                longer than its sliding window.
         """
         chosen, targets = _predictions(batch)
         distils = self.distillation > 0
@@ -156,7 +157,13 @@ class LanguageObjective:
             plans = [selection.plan for selection in self.sparse.selections]
             realised = [0.0 if plan is None else float(plan.sparsity) for plan in plans]
             parts["realised_sparsity"] = sum(realised) / max(1, len(realised))
-        penalty, numbers = self.penalties(() if self.captures is None else self.captures.captures, (), step)
+        captures = () if self.captures is None else self.captures.captures
+        if "attention_mask" not in batch and any(capture.mask is not None for capture in captures):
+            raise ConfigError(
+                "penalties take attention for plainly causal, and some layers see less: the windows of text are longer "
+                "than the model's sliding window, make them shorter"
+            )
+        penalty, numbers = self.penalties(captures, (), step)
         if penalty is not None:
             loss = loss + penalty
         return loss, {**parts, **numbers}

@@ -10,6 +10,7 @@ from torch import nn
 from entreg.errors import AssetError, ConfigError, InputError, OutputError
 from entreg.training import checkpoints
 from entreg.training.checkpoints import (
+    frozen_record,
     latest_checkpoint,
     load_model_weights,
     read_checkpoint,
@@ -178,3 +179,19 @@ def test_state_file_is_strictly_what_it_says(tmp_path):
     content = json.loads((path / "state.json").read_text())
     assert content["step"] == 3
     assert set(content["files"]) == {"model.safetensors", "training.safetensors"}
+
+
+def test_a_checkpoint_without_frozen_weights_is_loaded_onto_the_same_ones_only(tmp_path):
+    trained, base = nn.Linear(3, 2), nn.Linear(3, 2)
+    record = frozen_record({"bias": trained.bias})
+    folder = save_checkpoint(tmp_path, 1, {"weight": trained.weight}, {"frozen": record})
+    with pytest.raises(AssetError, match="on top of frozen weights that are not the model's"):
+        load_model_weights(base, folder)
+    assert not torch.equal(base.weight, trained.weight)
+    with pytest.raises(AssetError, match="the model has no 'bias'"):
+        load_model_weights(nn.Linear(3, 2, bias=False), folder)
+    with torch.no_grad():
+        base.bias.copy_(trained.bias)
+    load_model_weights(base, folder)
+    assert torch.equal(base.weight, trained.weight)
+    assert frozen_record({}) is None

@@ -23,7 +23,7 @@ from entreg.training.language import (
 from entreg.training.loop import TrainingSettings, train
 from entreg.training.penalties import Penalties, penalty_from_mapping
 from entreg.training.vision import frozen_copy, prepare_penalties
-from tests.adapters.small_decoders import DEPTH, FAMILIES, VOCABULARY, padding, small_decoder, tokens
+from tests.adapters.small_decoders import DEPTH, FAMILIES, VOCABULARY, WINDOW, padding, small_decoder, tokens
 
 import transformers  # isort: skip - after the bridge of small_decoders
 
@@ -437,6 +437,14 @@ def test_what_an_objective_cannot_have(term, options, sentence):
     chosen = Penalties({}) if term is None else penalties(one={**term, "weight": 1.0})
     with pytest.raises(ConfigError, match=sentence):
         LanguageObjective(chosen, **options)
+
+
+def test_penalties_of_windows_beyond_the_sliding_window_are_refused():
+    model = small_decoder("mistral")
+    objective = objective_of(model, row=ENTROPY)
+    objective(model, {"input_ids": tokens(2, WINDOW)}, 0)
+    with pytest.raises(ConfigError, match="longer than the model's sliding window"):
+        objective(model, {"input_ids": tokens(2, WINDOW + 9)}, 0)
 
 
 def test_mixing_needs_images(tmp_path):
