@@ -143,6 +143,8 @@ def load_language_model(
         folder = _converted(name, asset.member_sha256)
         revision = {"source": asset.requirement, "sha256": asset.member_sha256}
     elif name.endswith(".gguf"):
+        if not Path(name).expanduser().is_file():
+            raise AssetError(f"there is no file {name}")
         folder = _converted(name, _file_sha256(Path(name).expanduser()))
         revision = {"source": name, "sha256": folder.name.partition("-")[0]}
     elif Path(name).expanduser().is_dir():
@@ -197,15 +199,18 @@ def random_language_model(
     cuda = [torch_device] if torch_device.type == "cuda" else []
     try:
         config = transformers.AutoConfig.for_model(kind, **{**published, **(options or {})})
+    # Fields of a wrong type and sizes that do not fit end in several classes of errors.
+    except Exception as error:
+        why = first_line(error.__cause__ or error)
+        raise ConfigError(f"a {architecture} with {dict(options or {})} cannot be made: {why}") from error
+    try:
         with torch.random.fork_rng(devices=cuda), torch.device(torch_device):
             torch.manual_seed(seed)
             model = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=torch_dtype, attn_implementation=attention
             )
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise ConfigError(f"a {architecture} with {dict(options or {})} cannot be made: {first_line(error)}") from error
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{architecture} cannot be used with attention={attention}: {first_line(error)}") from error
     revision = {"source": f"{architecture}, random weights", "seed": str(seed)}
     return LanguageModel(model.eval(), None, architecture, revision)
 
@@ -247,7 +252,7 @@ def _dtype_and_device(dtype: str, device: str) -> tuple[torch.dtype, torch.devic
         found = torch.device(device)
         # Says at once whether the device is there and does arithmetic in this dtype.
         probe = torch.ones(16, 16, dtype=DTYPES[dtype], device=found)
-        (probe @ probe).sum().item()
+        probe @ probe
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         raise ConfigError(f"{dtype} on the device '{device}' is impossible here: {first_line(error)}") from error
     if found.type == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -344,11 +349,16 @@ def _read_model(folder: Path, name: str, dtype: torch.dtype, device: torch.devic
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "size" not in str(error):
             raise
-        raise AssetError(f"the weights of {name} in {folder} are not of its config.json") from error
+        raise AssetError(f"the weights of {name} in {folder} are not of its configuration") from error
+    _require_no_gaps(report, f"{name} in {folder}")
+    return model.eval()
+
+
+def _require_no_gaps(report: Mapping[str, Any], what: str) -> None:
+    """What transformers does not find it fills with random numbers, and says so in a warning only."""
     wrong = sorted(report["missing_keys"]) or sorted(map(str, report["mismatched_keys"]))
     if wrong:
-        raise AssetError(f"the weights of {name} in {folder} are not of its config.json: they lack {wrong[0]}")
-    return model.eval()
+        raise AssetError(f"the weights of {what} are not of its configuration: they lack {wrong[0]}")
 
 
 @contextlib.contextmanager
@@ -381,6 +391,9 @@ def _converted(name: str, sha256: str) -> Path:
     with folder_atomic(folder) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
+        for file in new.iterdir():
+            # Weights come readable for their owner only.
+            file.chmod(0o644)
         (new / "SHA256SUMS").write_text(_checksums(new), encoding="utf-8")
     return folder
 
@@ -393,10 +406,13 @@ def _read_gguf(path: Path) -> tuple[Any, nn.Module]:
         raise ConfigError(f"reading {path.name} needs the package gguf: pip install gguf") from error
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        read = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        read, report = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+        )
     # A truncated file ends in errors of numpy and of the reader, an unsupported one in those of transformers.
     except Exception as error:
         raise AssetError(f"{path} cannot be read, truncated or of an unsupported kind: {first_line(error)}") from error
+    _require_no_gaps(report, str(path))
     # A model read from GGUF calls itself quantised and refuses to be saved; a fresh one with its weights does not.
     config = type(read.config).from_dict(
         {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}

@@ -151,6 +151,41 @@ def test_folder_with_a_changed_file_or_an_unsafe_name_is_refused(tmp_path):
         archive_folder(path, folder_asset(packed, {"a.png": b"pinned"}))
 
 
+def wheel_bytes(tag, content):
+    """A minimal wheel that pip takes for the real thing."""
+    info = "pkg-1.0.dist-info"
+    return zip_bytes(
+        {
+            "pkg/table.csv": content,
+            f"{info}/METADATA": b"Metadata-Version: 2.1\nName: pkg\nVersion: 1.0\nRequires-Dist: nowhere-to-be-found\n",
+            f"{info}/WHEEL": f"Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: {tag}\n".encode(),
+            f"{info}/RECORD": b"",
+        }
+    )
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_pinned_wheel_is_fetched_whatever_python_this_is(tmp_path, monkeypatch, python):
+    index = tmp_path / "index"
+    index.mkdir()
+    packed = {}
+    for version in ("3.11", "3.12", "3.13"):
+        abi = f"cp{version.replace('.', '')}"
+        packed[version] = wheel_bytes(f"{abi}-{abi}-manylinux_2_28_x86_64", version.encode())
+        (index / f"pkg-1.0-{abi}-{abi}-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl").write_bytes(packed[version])
+    # Building from source, which would run code of the package, is never an option.
+    (index / "pkg-1.0.tar.gz").write_bytes(tar_bytes({"pkg-1.0/setup.py": b"raise SystemExit('was run')"}))
+    for name, value in {"CONFIG_FILE": os.devnull, "NO_INDEX": "1", "FIND_LINKS": str(index)}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    monkeypatch.setenv("ENTREG_CACHE", str(tmp_path / "cache"))
+    wheel = (python, f"cp{python.replace('.', '')}", "manylinux_2_28_x86_64")
+    asset = Asset(
+        *("pkg==1.0", sha256(packed[python]), "pkg/table.csv", sha256(python.encode()), "none", "a table"), wheel=wheel
+    )
+    monkeypatch.setitem(assets.ASSETS, "pkg", asset)
+    assert asset_path("pkg").read_text() == python
+
+
 def test_no_network_is_one_sentence_and_leaves_no_cache(tmp_path):
     environment = {
         **os.environ,
