@@ -142,9 +142,7 @@ class Attachment:
             if leaves_out:
                 _require_plain(mask, dropout)
                 out, plan = decoder_attention(
-                    q,
-                    keys,
-                    values,
+                    *_as_autocast(q, keys, values),
                     sparse.settings,
                     scale=scale,
                     mask=seen_mask,
@@ -226,6 +224,14 @@ def _filled(cache: Cache | None, layer: int, k: Tensor, v: Tensor) -> tuple[Tens
     if not 0 < length < k.shape[2]:
         return k, v
     return k[:, :, :length], v[:, :, :length]
+
+
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast would make of SDPA's arguments: rotary positions leave queries and keys in float32, not values."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
 
 
 def _pages(sparse: DecoderSparsifyHandle, cache: Cache, layer: int) -> PageSummaries:

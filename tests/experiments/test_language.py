@@ -140,13 +140,26 @@ def test_smoke_runs_are_found_again_and_forced(tmp_path):
     assert [{key: value for key, value in row.items() if key != "seconds"} for row in forced[0]["rows"]] == strip
 
 
-@pytest.mark.parametrize("adaptation", ["{kind: full}", "{kind: lora, rank: 2, alpha: 4}"])
+@pytest.mark.parametrize(
+    "adaptation",
+    [
+        ["training.adaptation.kind=full"],
+        pytest.param(
+            ["training.adaptation.kind=lora", "+training.adaptation.rank=2", "+training.adaptation.alpha=4"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["full", "lora"],
+)
 def test_methods_train_and_are_evaluated(adaptation, tmp_path):
     runs = planned(
         tmp_path,
         "experiment=llm/training",
         *TINY[:2],
         *TRAINED,
+        # Long enough for blocks of 16 to leave something out.
+        "training.context=512",
+        "study.methods.loop=['sparsity=decoder_75','sparsity.selection=pooled','sparsity.block_size=16']",
         "trainer.learning_rate=0.01",
         "evaluation.effective_support=null",
         "evaluation.tasks.copy=null",
@@ -154,12 +167,13 @@ def test_methods_train_and_are_evaluated(adaptation, tmp_path):
         "evaluation.tasks.perplexity.splits=[test]",
         "profile.methods=[plain,block_entropy,loop,none]",
         "profile.training_scale=1.0",
-        f"training.adaptation={adaptation}",
+        *adaptation,
     )
     records = {one["config"]["method"]: one for one in run_all(runs, store=tmp_path / "runs", command="x")}
     assert list(records) == ["plain", "block_entropy", "loop", "none"]
     assert [one["metrics"]["training_steps"] for one in records.values()] == [2, 2, 2, 0]
     assert "block_entropy/entropy" in records["block_entropy"]["metrics"]["last_step"]
+    assert records["loop"]["metrics"]["last_step"]["realised_sparsity"] == pytest.approx(0.75, abs=0.1)
     losses = {name: one["rows"][0]["loss"] for name, one in records.items()}
     assert len(set(losses.values())) == 4
     # Two steps at a high rate already learn which bytes there are.
