@@ -8,12 +8,19 @@ over rounds and the ratio of medians, with the spread beside them.
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 from entreg.errors import InputError
+
+# A measurement shorter than this is repeated within the round: the clock and one wait for the device cost microseconds.
+_SHORTEST = 0.02
+_MOST_CALLS = 100
+# CUDA graphs are recorded in the second call; a step of seconds is warm after one.
+_WARM_CALLS, _WARM_ENOUGH = 4, 1.0
 
 
 @dataclass(frozen=True)
@@ -105,3 +112,24 @@ def interleaved_timings(
         if freezes:
             gc.unfreeze()
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def warm_up(step: Callable[[], object], synchronize: Callable[[], object] | None = None) -> tuple[int, float]:
+    """Call a candidate a few times, and find how many calls a measurement needs.
+
+    Args:
+        step: the candidate.
+        synchronize: as in :func:`interleaved_timings`.
+
+    Returns:
+        Calls per measurement so that none is too short for the clock, and the seconds of the fastest call.
+    """
+    seconds: list[float] = []
+    while len(seconds) < _WARM_CALLS and sum(seconds) < _WARM_ENOUGH:
+        start = time.perf_counter()
+        step()
+        if synchronize is not None:
+            synchronize()
+        seconds.append(time.perf_counter() - start)
+    fastest = max(min(seconds), 1e-9)
+    return min(_MOST_CALLS, math.ceil(_SHORTEST / fastest)), fastest

@@ -21,7 +21,6 @@ Without Hydra (a bare GPU machine needs torch, timm, numpy, numba, scipy, safete
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,18 +50,13 @@ from entreg.evaluation.speed_models import (
     without_attention,
     without_blocks,
 )
-from entreg.evaluation.timing import Timing, interleaved_timings
+from entreg.evaluation.timing import Timing, interleaved_timings, warm_up
 from entreg.records.record import new_record
 from entreg.records.store import RecordStore
 from entreg.sparse import ColumnSparsity, recorded_kernels, sparsity_from_mapping
 
 EXPERIMENT = "vit/speed"
 COMPILATIONS = ("none", "default", "reduce-overhead")
-# A measurement shorter than this is repeated within the round: the clock and one wait for the device cost microseconds.
-_SHORTEST = 0.02
-_MOST_CALLS = 100
-# CUDA graphs are recorded in the second call; a step of seconds is warm after one.
-_WARM_CALLS, _WARM_ENOUGH = 4, 1.0
 # Parts of the dense model that are timed beside the candidates.
 _FREE, _REST = "attention for free", "all but the blocks"
 
@@ -224,7 +218,7 @@ def measure(model: nn.Module, batch: int, config: Mapping[str, Any], device: tor
         for part, variant in ((_FREE, without_attention(model)), (_REST, without_blocks(model))):
             steps[part] = _forward(variant, images, config["compilation"], True)
         synchronize = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None
-        loops = {name: _calls(step, synchronize) for name, step in steps.items()}
+        loops = {name: warm_up(step, synchronize)[0] for name, step in steps.items()}
         timings = interleaved_timings(steps, repeats=config["repeats"], inner_loops=loops, synchronize=synchronize)
         memory = {
             name: peak_memory(one.step, device) if device.type == "cuda" else None for name, one in candidates.items()
@@ -331,18 +325,6 @@ def _forward(model: nn.Module, images: Tensor, compilation: str, fused: bool) ->
 
 def _key(method: str, fused: bool) -> str:
     return method + (", fused" if fused else ", unfused")
-
-
-def _calls(step: Step, synchronize: Step | None) -> int:
-    """Calls per measurement so that none is too short for the clock; calling it here also warms up."""
-    seconds = []
-    while len(seconds) < _WARM_CALLS and sum(seconds) < _WARM_ENOUGH:
-        start = time.perf_counter()
-        step()
-        if synchronize is not None:
-            synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(_MOST_CALLS, math.ceil(_SHORTEST / max(min(seconds), 1e-9)))
 
 
 def _checked_model(name: str, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

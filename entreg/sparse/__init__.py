@@ -25,7 +25,7 @@ from entreg.sparse.config import (
     TokenSparsity,
     sparsity_from_mapping,
 )
-from entreg.sparse.decoding import PageSummaries, decoder_attention
+from entreg.sparse.decoding import PageSummaries, decoder_attention, decoder_plan
 from entreg.sparse.kernels import attention_kernel, recorded_kernels
 from entreg.sparse.plan import SparsityPlan
 from entreg.sparse.planning import make_plan
@@ -51,6 +51,7 @@ __all__ = [
     "bucket_by_budget",
     "compose_reductions",
     "decoder_attention",
+    "decoder_plan",
     "dense_attention",
     "drop_tokens",
     "entropy_budget",

@@ -105,8 +105,13 @@ def merge_rows(x: Tensor, sizes: Tensor | None, slots: Slots, others: Tensor, ta
 def rows_at(x: Tensor, positions: Tensor) -> Tensor:
     """(batch, k, c): the tokens at (batch, k) positions. Whole rows are copied, much faster than by gather."""
     batch, n, width = x.shape
-    flat = _flat(positions, n)
-    return x.reshape(batch * n, width).index_select(0, flat).view(batch, positions.shape[1], width)
+    step, uneven = divmod(x.stride(0), max(width, 1))
+    if batch > 1 and step > n and not uneven and x.stride()[1:] == (width, 1):
+        # Part of something larger, such as a cache with room behind its keys: a reshape would copy all of it.
+        rows, n = x.as_strided(((batch - 1) * step + n, width), (width, 1)), step
+    else:
+        rows = x.reshape(batch * n, width)
+    return rows.index_select(0, _flat(positions, n)).view(batch, positions.shape[1], width)
 
 
 def add_rows(x: Tensor, positions: Tensor, values: Tensor) -> Tensor:

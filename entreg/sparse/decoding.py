@@ -100,19 +100,34 @@ def decoder_attention(
     Raises:
         InputError: arguments that do not fit the above.
     """
+    plan = decoder_plan(q, k, sparsity, scale=scale, mask=mask, pages=pages)
+    if plan is None:
+        return dense_attention(q, k, v, causal=True, scale=scale, mask=mask), None
+    return sparse_attention(q, k, v, plan, scale=scale, mask=mask, backend=sparsity.backend), plan
+
+
+@torch.no_grad()
+def decoder_plan(
+    q: Tensor,
+    k: Tensor,
+    sparsity: DecoderSparsity,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    pages: PageSummaries | None = None,
+) -> SparsityPlan | None:
+    """What :func:`decoder_attention` chooses; the plan, or None where attention is dense.
+
+    Arguments and errors as there.
+    """
     n, m = q.shape[2], k.shape[2]
     if n > m:
         raise InputError(f"causal attention needs at least as many keys as queries, got {m} < {n}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (len(q), 1, n, m)):
         raise InputError(f"mask must be bool of shape {(len(q), 1, n, m)}, got {mask.dtype} {tuple(mask.shape)}")
-    with torch.no_grad():
-        if n == 1:
-            plan = _page_plan(q, k, sparsity, scale, mask, pages)
-        else:
-            plan = None if sparsity.sparsity == 0 else _prompt_plan(q, k, sparsity, scale, mask)
-    if plan is None:
-        return dense_attention(q, k, v, causal=True, scale=scale, mask=mask), None
-    return sparse_attention(q, k, v, plan, scale=scale, mask=mask, backend=sparsity.backend), plan
+    if n == 1:
+        return _page_plan(q, k, sparsity, scale, mask, pages)
+    return None if sparsity.sparsity == 0 else _prompt_plan(q, k, sparsity, scale, mask)
 
 
 def _prompt_plan(
@@ -126,11 +141,12 @@ def _prompt_plan(
     if count < _LEAST_BLOCKS or count == len(densities):
         return None
     visible = visible_blocks(n, m, size, q.device) if mask is None else visible_from_mask(mask, size)
-    scores = with_first_visible(block_scores(q, k, sparsity, size, scale=scale, mask=mask), visible)
+    estimated = block_scores(q, k, sparsity, size, scale=scale, mask=mask)
+    scores = with_first_visible(estimated, visible)
     if sparsity.budget == "mass":
         chosen = blocks_by_mass(scores, count, visible, block_entries(n, m, size, True, q.device))
     else:
-        counts = count if sparsity.budget == "uniform" else counts_by_entropy(scores, count, visible, densities)
+        counts = count if sparsity.budget == "uniform" else counts_by_entropy(estimated, count, visible, densities)
         chosen = highest_blocks(scores, counts, 0, visible)
     return _block_plan(q, k, chosen, size, entries)
 
