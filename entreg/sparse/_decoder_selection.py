@@ -19,7 +19,7 @@ from entreg.sparse.config import DecoderSparsity
 
 # Query blocks whose sampled rows are looked at together: their keys end at the last of them, so that little of the
 # causal upper part is computed.
-_CHUNK_BLOCKS = 16
+_CHUNK_BLOCKS = 8
 # The sink, the row's own block and one to choose.
 _LEAST_CHOICE = 3
 _BISECTIONS = 50
@@ -29,8 +29,9 @@ def selection_entries(sparsity: DecoderSparsity, num_queries: int, num_keys: int
     """Score entries per head that :func:`block_scores` computes; 0 for ``window``, and for ``oracle`` by definition."""
     n, m = num_queries, num_keys
     if sparsity.selection == "pooled":
-        offset = query_offset(n, m, sparsity.pool_size, True)
-        return num_blocks(n + offset, sparsity.pool_size) * num_blocks(m, sparsity.pool_size)
+        rows = num_blocks(n + query_offset(n, m, sparsity.block_size, True), sparsity.block_size)
+        pools = sparsity.block_size // sparsity.pool_size
+        return rows * pools * num_blocks(m, sparsity.block_size) * pools
     if sparsity.selection == "sampled":
         chunks = _chunks(sparsity.block_size, n, m)
         return sum((end - start) * sparsity.num_sampled_queries * keys for start, end, keys in chunks)
@@ -86,14 +87,14 @@ def visible_from_mask(mask: Tensor, block_size: int) -> Tensor:
 
 def with_first_visible(scores: Tensor, visible: Tensor) -> Tensor:
     """The scores with every row's first visible block, the attention sink of its document, above all others."""
-    first = visible.to(torch.int8).argmax(-1, keepdim=True)
-    return scores.scatter(-1, first.expand(*scores.shape[:3], 1), torch.finfo(scores.dtype).max)
+    return scores.scatter(-1, _first_visible(scores, visible), torch.finfo(scores.dtype).max)
 
 
 def counts_by_entropy(scores: Tensor, count: int, visible: Tensor, densities: Sequence[float]) -> Tensor:
     """Key blocks per row and head in proportion to exp(H), of the density that ``count`` for all would have.
 
-    H is the entropy in nats of a row's estimated distribution over blocks; exp(H) is averaged over the rows.
+    H is the entropy in nats of a row's estimated distribution over blocks, the attention sink's left out; exp(H) is
+    averaged over the rows.
 
     Args:
         scores: (batch, key_heads, query_blocks, key_blocks), non-negative.
@@ -104,7 +105,7 @@ def counts_by_entropy(scores: Tensor, count: int, visible: Tensor, densities: Se
     Returns:
         (batch, key_heads) int64, each at least min(count, 3): sink, own block and one to choose.
     """
-    mass = scores.masked_fill(~visible, 0.0)
+    mass = scores.masked_fill(~visible, 0.0).scatter(-1, _first_visible(scores, visible), 0.0)
     mass = mass / mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
     support = entropy_of_masses(mass).exp().mean(-1).double().cpu()
     table = torch.tensor(densities, dtype=torch.float64)
@@ -149,6 +150,11 @@ def blocks_by_mass(scores: Tensor, count: int, visible: Tensor, entries: Tensor)
     kept = (cost.cumsum(1) <= uniform.sum() * scores.shape[1] + 0.5) | forced
     chosen = torch.zeros_like(kept).scatter(1, order, kept).view_as(scores)
     return chosen & visible
+
+
+def _first_visible(scores: Tensor, visible: Tensor) -> Tensor:
+    """(batch, key_heads, query_blocks, 1) number of the first key block that each row of blocks sees."""
+    return visible.to(torch.int8).argmax(-1, keepdim=True).expand(*scores.shape[:3], 1)
 
 
 def _chunks(block_size: int, num_queries: int, num_keys: int) -> list[tuple[int, int, int]]:

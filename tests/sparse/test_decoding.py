@@ -1,0 +1,289 @@
+"""Sparse attention of decoders against loops, dense softmax under the plan's mask, and counted work."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
+
+from entreg.errors import InputError
+from entreg.sparse import DecoderSparsity, PageSummaries, decoder_attention, sparse_attention
+from entreg.sparse._causal_blocks import keeps_own_blocks
+from entreg.sparse._decoder_selection import block_scores, counts_by_entropy, selection_entries, visible_from_mask
+from entreg.sparse.planning import block_densities
+from tests.sparse.attention_oracle import attention_by_loops, attention_matrix, random_inputs
+
+SELECTIONS = ["pooled", "sampled", "oracle", "window"]
+
+
+def small(**values):
+    return DecoderSparsity(**{"block_size": 8, "pool_size": 4, "page_size": 8, "num_sampled_queries": 1, **values})
+
+
+def causal_mask(n, m, padding=(0, 0)):
+    mask = torch.ones(len(padding), 1, n, m, dtype=torch.bool).tril(m - n)
+    for image, count in enumerate(padding):
+        mask[image, :, :, :count] = False
+    return mask
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("budget", ["uniform", "entropy", "mass"])
+@pytest.mark.parametrize("padding", [None, (0, 13)])
+@pytest.mark.parametrize(("n", "m"), [(96, 96), (50, 96), (33, 97), (1, 97), (1, 96)])
+def test_output_is_the_softmax_over_the_entries_of_the_plan(selection, budget, padding, n, m):
+    if selection == "window" and budget != "uniform":
+        return
+    q, k, v = random_inputs(heads=6, key_heads=2, n=n, m=m)
+    mask = None if padding is None else causal_mask(n, m, padding)
+    found, plan = decoder_attention(q, k, v, small(sparsity=0.3, selection=selection, budget=budget), mask=mask)
+    assert keeps_own_blocks(plan)
+    assert plan.sparsity >= 0.3
+    allowed = plan.to_mask() if mask is None else plan.to_mask() & mask
+    logits = q @ k.repeat_interleave(3, 1).transpose(-1, -2) * q.shape[-1] ** -0.5
+    expected = torch.softmax(logits.masked_fill(~allowed, -math.inf), -1).nan_to_num() @ v.repeat_interleave(3, 1)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_all_shapes_with_gradients(data):
+    n = data.draw(st.integers(2, 40))
+    m = n + data.draw(st.integers(0, 25))
+    key_heads, share = data.draw(st.sampled_from([(1, 1), (1, 3), (2, 2)]))
+    size = data.draw(st.sampled_from([2, 4, 6]))
+    config = DecoderSparsity(
+        sparsity=data.draw(st.sampled_from([0.1, 0.3, 0.6])),
+        selection=data.draw(st.sampled_from(["pooled", "oracle"])),
+        budget=data.draw(st.sampled_from(["uniform", "entropy", "mass"])),
+        block_size=size,
+        pool_size=2,
+        num_sampled_queries=1,
+    )
+    q, k, v = random_inputs(heads=key_heads * share, key_heads=key_heads, n=n, m=m, seed=data.draw(st.integers(0, 99)))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    found, plan = decoder_attention(*leaves, config)
+    mask = causal_mask(n, m) if plan is None else plan.to_mask()
+    truth = [x.clone().requires_grad_() for x in (q, k, v)]
+    keys, values = (x.repeat_interleave(share, 1) for x in truth[1:])
+    logits = (truth[0] @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, -math.inf)
+    expected = torch.softmax(logits, -1) @ values
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    weights = torch.randn(found.shape, dtype=torch.float64)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for leaf, true in zip(leaves, truth, strict=True):
+        torch.testing.assert_close(leaf.grad, true.grad, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("n", [1, 40])
+@pytest.mark.parametrize("masked", [False, True])
+def test_sparsity_zero_is_dense(n, masked):
+    q, k, v = random_inputs(heads=4, key_heads=2, n=n, m=40, dtype=torch.float32)
+    mask = causal_mask(n, 40, (0, 7)) if masked else None
+    found, plan = decoder_attention(q, k, v, small(sparsity=0.0), mask=mask)
+    assert plan is None
+    expected = scaled_dot_product_attention(
+        q, k, v, attn_mask=causal_mask(n, 40) if mask is None else mask, enable_gqa=True
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_sequence_too_short_for_the_budget_is_dense():
+    q, k, v = random_inputs(n=20, m=20)
+    found, plan = decoder_attention(q, k, v, small(sparsity=0.75, selection="window"))
+    assert plan is None
+    expected = attention_by_loops(q, k, v, lambda b, h, i, j: j <= i)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_rows_of_padding_are_finite():
+    q, k, v = random_inputs(heads=2, key_heads=1, n=64, m=64, dtype=torch.float32)
+    found, plan = decoder_attention(q, k, v, small(sparsity=0.3), mask=causal_mask(64, 64, (0, 40)))
+    assert plan is not None
+    assert torch.isfinite(found).all()
+
+
+def test_packed_documents_never_see_each_other():
+    q, k, v = random_inputs(heads=2, key_heads=2, n=96, m=96)
+    document = (torch.arange(96) >= 50).long()
+    mask = causal_mask(96, 96) & (document[:, None] == document)
+    packed, plan = decoder_attention(q, k, v, small(sparsity=0.3), mask=mask)
+    assert plan is not None
+    changed = v.clone()
+    changed[:, :, :50] += 1.0
+    again, _ = decoder_attention(q, k, changed, small(sparsity=0.3), mask=mask)
+    assert torch.equal(packed[:, :, 50:], again[:, :, 50:])
+    # The first block of the second document is its sink: kept in every row of it.
+    assert plan.block_mask[:, :, 7:, 6].all()
+
+
+@pytest.mark.parametrize("padding", [None, (0, 13)])
+@pytest.mark.parametrize("selection", ["sampled", "oracle"])
+def test_estimated_mass_is_attention_summed_over_blocks(selection, padding):
+    n, m, size = 24, 34, 8
+    q, k, _ = random_inputs(heads=4, key_heads=2, n=n, m=m)
+    mask = causal_mask(n, m, (0, 0) if padding is None else padding)
+    logits = q @ k.repeat_interleave(2, 1).transpose(-1, -2) * 0.7
+    attention = torch.softmax(logits.masked_fill(~mask, -1e300), -1)
+    config = small(sparsity=0.5, selection=selection)
+    found = block_scores(q, k, config, size, scale=0.7, mask=None if padding is None else mask)
+    offsets = [4] if selection == "sampled" else range(size)
+    # Queries 0 ... 23 stand at the keys 10 ... 33: blocks 1 to 4, the first and last cut short.
+    for b, g, r, c in itertools.product(range(2), range(2), range(4), range(5)):
+        rows = [min(max((r + 1) * size + offset - (m - n), 0), n - 1) for offset in offsets]
+        columns = range(c * size, min(m, (c + 1) * size))
+        expected = attention[b, 2 * g : 2 * g + 2][:, rows][..., list(columns)].sum(-1).mean()
+        torch.testing.assert_close(found[b, g, r, c], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_whole_attention_is_the_oracle():
+    q, k, _ = random_inputs(heads=2, key_heads=2, n=32, m=32)
+    found = block_scores(q, k, small(sparsity=0.5, selection="oracle"), 8, scale=None, mask=None)
+    expected = attention_matrix(q, k, causal=True).unflatten(2, (4, 8)).unflatten(4, (4, 8)).sum(-1).mean(3)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("selection", ["pooled", "sampled"])
+@pytest.mark.parametrize(("n", "m"), [(96, 96), (50, 97)])
+def test_entries_of_the_selection_are_those_that_are_computed(selection, n, m):
+    """A score entry is one product of width d: two floating-point operations per element."""
+    config = small(sparsity=0.5, selection=selection)
+    q, k, _ = random_inputs(heads=2, key_heads=2, n=n, m=m)
+    with FlopCounterMode(display=False) as counter:
+        block_scores(q, k, config, 8, scale=None, mask=None)
+    per_head = counter.get_total_flops() / (2 * q.shape[-1] * q.shape[0] * q.shape[1])
+    assert per_head == selection_entries(config, n, m)
+
+
+@pytest.mark.parametrize("budget", ["entropy", "mass"])
+def test_budgets_realise_the_same_sparsity(budget):
+    q, k, v = random_inputs(heads=4, key_heads=4, n=256, m=256)
+    # One head attends widely, one to its own block alone.
+    q[:, 1] *= 0.1
+    q[:, 0] = 9.0 * k[:, 0]
+    uniform = decoder_attention(q, k, v, small(sparsity=0.6, selection="oracle"))[1]
+    shared = decoder_attention(q, k, v, small(sparsity=0.6, selection="oracle", budget=budget))[1]
+    assert 0.6 <= uniform.sparsity
+    # Blocks are whole: the last one of each head may be left out.
+    assert uniform.sparsity - 1e-9 <= shared.sparsity <= uniform.sparsity + 0.04
+    counts = shared.block_mask.sum((-1, -2)).double().mean(0)
+    assert counts[1] > counts[0]
+    # The budget by mass captures the most attention of all plans of that size.
+    if budget == "mass":
+        mass = attention_matrix(q, k, causal=True)
+        assert (mass * shared.to_mask()).sum() > (mass * uniform.to_mask()).sum()
+
+
+def test_counts_follow_the_effective_support():
+    # Head 0 uses one block, head 1 all sixteen alike.
+    scores = torch.zeros(1, 2, 16, 16)
+    scores[0, 0] = torch.eye(16)
+    scores[0, 1] = 1.0
+    densities = block_densities(256, 256, 16, True)
+    visible = torch.ones(16, 16, dtype=torch.bool).tril()
+    counts = counts_by_entropy(scores, 6, visible, densities)
+    assert counts[0, 0] == 3
+    assert counts[0, 1] > 6
+    mean = sum(densities[count - 1] for count in counts[0].tolist()) / 2
+    larger = densities[counts[0, 1]] / 2 + densities[2] / 2
+    assert mean <= densities[5] < larger
+
+
+def test_topk_keeps_the_largest_entries_of_every_row():
+    q, k, v = random_inputs(heads=2, key_heads=2, n=30, m=30)
+    config = small(sparsity=0.5, selection="topk", backend="reference")
+    _, plan = decoder_attention(q, k, v, config)
+    attention, mask = attention_matrix(q, k, causal=True), plan.to_mask()
+    for b, h, i in itertools.product(range(2), range(2), range(30)):
+        kept = set(torch.nonzero(mask[b, h, i]).flatten().tolist())
+        assert {0, i} <= kept
+        others = sorted((j for j in range(1, i)), key=lambda j: -float(attention[b, h, i, j]))
+        assert kept - {0, i} == set(others[: len(kept - {0, i})])
+
+
+@pytest.mark.parametrize("backend", ["reference", "gather"])
+def test_masks_within_plans_of_all_kinds(backend):
+    q, k, v = random_inputs(n=20, m=28, key_heads=2)
+    mask = causal_mask(20, 28, (3, 9))
+    config = small(sparsity=0.2, selection="window", block_size=4, backend=backend)
+    found, plan = decoder_attention(q, k, v, config, mask=mask)
+    allowed = plan.to_mask() & mask
+    heads = allowed.shape[1]
+    expected = attention_by_loops(q, k, v, lambda b, h, i, j: bool(allowed[b, h % heads, i, j]))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_page_summaries_are_means_and_survive_what_happens_to_caches():
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(3, 2, 40, 4, generator=generator, dtype=torch.float64)
+    summaries = PageSummaries(8)
+
+    def expect(cache):
+        expected = torch.stack([cache[:, :, 8 * p : 8 * p + 8].mean(2) for p in range(cache.shape[2] // 8)], 2)
+        torch.testing.assert_close(summaries.update(cache), expected)
+
+    assert summaries.update(keys[:, :, :7]).shape == (3, 2, 0, 4)
+    for length in (16, 17, 24, 40):
+        expect(keys[:, :, :length])
+    # Cropped and written on differently; beams reordered; another cache; a smaller batch.
+    expect(torch.cat((keys[:, :, :20], keys[:, :, 30:40]), dim=2))
+    expect(keys[[2, 0, 1]])
+    expect(torch.randn(3, 2, 33, 4, generator=generator, dtype=torch.float64))
+    expect(keys[:1])
+
+
+def test_kept_summaries_change_nothing():
+    q, k, v = random_inputs(heads=4, key_heads=2, n=1, m=90)
+    config, pages = small(sparsity=0.5), PageSummaries(8)
+    for length in range(60, 91):
+        with_pages, _ = decoder_attention(q, k[:, :, :length], v[:, :, :length], config, pages=pages)
+        without, _ = decoder_attention(q, k[:, :, :length], v[:, :, :length], config)
+        assert torch.equal(with_pages, without)
+
+
+def test_decoding_reads_the_pages_of_highest_estimated_mass():
+    q, k, v = random_inputs(heads=4, key_heads=2, n=1, m=100)
+    _, plan = decoder_attention(q, k, v, small(sparsity=0.9, decode_sparsity=0.5))
+    means = torch.stack([k[:, :, 8 * p : 8 * p + 8].mean(2) for p in range(12)], 2).repeat_interleave(2, 1)
+    mass = torch.softmax((q * means).sum(-1) * q.shape[-1] ** -0.5, -1).unflatten(1, (2, 2)).mean(2)
+    # 50 entries, 12 for the summaries: 4 pages of 8, among them the first and the newest.
+    for b, g in itertools.product(range(2), range(2)):
+        others = sorted(range(1, 12), key=lambda p: -float(mass[b, g, p]))[:2]
+        assert torch.nonzero(plan.block_mask[b, g, 0]).flatten().tolist() == sorted({0, 12, *others})
+    # Three whole pages, four keys of the newest, twelve summaries.
+    assert plan.sparsity == pytest.approx(1 - (3 * 8 + 4 + 12) / 100)
+
+
+def test_bfloat16_lies_within_its_rounding_of_the_truth():
+    q, k, v = random_inputs(heads=4, key_heads=2, n=128, m=128, width=32, value_width=32, dtype=torch.bfloat16)
+    found, plan = decoder_attention(q / 2, k, v, small(sparsity=0.5))
+    truth = sparse_attention(q.double() / 2, k.double(), v.double(), plan, backend="reference")
+    assert (found.double() - truth).abs().max() < 2**-6 * v.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"mask": torch.ones(2, 1, 9, 9)}, "mask must be bool of shape"),
+        ({"mask": torch.ones(2, 1, 9, 8, dtype=torch.bool)}, r"mask must be bool of shape \(2, 1, 9, 9\)"),
+    ],
+)
+def test_what_is_refused(arguments, sentence):
+    q, k, v = random_inputs(n=9, m=9)
+    with pytest.raises(InputError, match=sentence):
+        decoder_attention(q, k, v, small(sparsity=0.5), **arguments)
+    with pytest.raises(InputError, match="at least as many keys as queries, got 8 < 9"):
+        decoder_attention(q, k[:, :, :8], v[:, :, :8], small(sparsity=0.5))
+
+
+def test_blocks_with_an_allowed_entry_are_visible():
+    mask = causal_mask(10, 15, (0, 6))
+    seen = visible_from_mask(mask, 4)
+    for b, r, c in itertools.product(range(2), range(3), range(4)):
+        entries = [mask[b, 0, i, j] for i in range(10) for j in range(15) if (i + 1) // 4 == r and j // 4 == c]
+        assert bool(seen[b, 0, r, c]) == (any(entries) or c == r + 1)
