@@ -149,7 +149,7 @@ def load_language_model(
         revision = {"source": name, "sha256": folder.name.partition("-")[0]}
     elif Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
-        revision = {"source": name, "sha256": _folder_sha256(folder)}
+        revision = {"source": name}
     elif is_hub_name(name):
         # The configuration first: what is wrong with it need not wait for gigabytes of weights.
         _require_causal(hub_folder(name, ["config.json"]), name)
@@ -162,6 +162,8 @@ def load_language_model(
         )
     _require_causal(folder, name)
     _require_whole_weights(folder)
+    if len(revision) == 1:
+        revision["sha256"] = _folder_sha256(folder)
     tokenizer = _read_tokenizer(folder, name)
     model = _read_model(folder, name, torch_dtype, torch_device, attention)
     return LanguageModel(model, tokenizer, name, revision)
@@ -442,8 +444,6 @@ def _folder_sha256(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     for path in [folder / "config.json", *_weight_files(folder)]:
-        if not path.is_file():
-            continue  # Said by the checks that follow.
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:

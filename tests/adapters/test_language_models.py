@@ -148,6 +148,8 @@ def test_name_that_is_nothing_is_one_sentence(tmp_path):
     for name in (str(tmp_path / "nothing"), "./nothing", "smollm3"):
         with pytest.raises(AssetError, match=r"there is no folder .* with a language model; name one, or smollm2"):
             load_language_model(name)
+    with pytest.raises(AssetError, match=r"holds no config\.json \(but nothing\)"):
+        load_language_model(str(tmp_path))
     with pytest.raises(AssetError, match=r"there is no file .*nothing\.gguf"):
         load_language_model(str(tmp_path / "nothing.gguf"))
 
