@@ -44,6 +44,7 @@ def comparison(
     title: str,
     text: Callable[[float], str],
     tolerance: float = 0.25,
+    derive: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
 ) -> list[str]:
     """How fresh rows compare with those of the reference records of the same seeds, as a list of at most one text.
 
@@ -55,14 +56,16 @@ def comparison(
         reference: folder of the reference records.
         keys, value, title, text, tolerance: see :func:`entreg.records.comparison.compare_with_reference`; ``method``
             among the keys is looked up in a record's configuration where the row has none.
+        derive: applied to every record, fresh or reference, before they are compared; may add fields to its rows.
     """
     if Path(store).resolve() == Path(reference).resolve() or all(r["scale"] == "smoke" for r in records):
         return []
+    records = [derive(record) for record in records]
     if not any(row.get(value) is not None for record in records for row in record["rows"]):
         return []
     seeds, experiments = {r["seed"] for r in records}, {r["experiment"] for r in records}
     committed = [
-        {**({"method": r["config"]["method"]} if "method" in r["config"] else {}), **r}
+        {**({"method": r["config"]["method"]} if "method" in r["config"] else {}), **derive(r)}
         for r in RecordStore(reference).load_all()
         if r["seed"] in seeds and r["experiment"] in experiments
     ]

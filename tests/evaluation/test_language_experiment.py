@@ -8,6 +8,7 @@ import torch
 from entreg.errors import ConfigError
 from entreg.evaluation import language_experiment
 from entreg.evaluation.language_experiment import LanguageRun, limited_evaluation
+from entreg.evaluation.language_report import with_ratios
 
 EVALUATION = {
     "seed": 0,
@@ -84,3 +85,22 @@ def test_too_little_memory_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="does not fit into the memory") as caught:
         run(tmp_path).make_record("x")
     assert "\n" not in str(caught.value)
+
+
+def test_ratios_are_to_the_dense_row_of_the_same_texts():
+    def row(plan, task, context, loss):
+        return {"plan": plan, "task": task, "context": context, "split": "test", "loss": loss}
+
+    dense = [
+        row("dense", "perplexity", 512, 2.0),
+        row("dense", "perplexity", 1024, 1.0),
+        row("dense", "copy", 512, 0.1),
+    ]
+    sparse = [row("a", "perplexity", 1024, 1.5), row("a", "copy", 512, 0.1)]
+    needle = {"plan": "a", "task": "needle", "context": 512, "split": "test", "accuracy": 1.0}
+    found = with_ratios({"seed": 0, "rows": [*dense, *sparse, needle]})
+    assert [one.get("ratio_to_dense") for one in found["rows"]] == pytest.approx(
+        [None, None, None, 1.6487213, 1.0, None]
+    )
+    assert "ratio_to_dense" not in sparse[0]
+    assert found["seed"] == 0

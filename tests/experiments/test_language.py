@@ -130,6 +130,11 @@ def test_smoke_runs_are_found_again_and_forced(tmp_path):
             # Noise knows nothing: about as bad as chance among 384 tokens.
             assert row["loss"] == pytest.approx(np.log(384), rel=0.05)
             assert len(row["loss_per_item"]) == 1
+    sparse = [row for row in rows if row["plan"] == "pooled_16"]
+    assert len(sparse) == 5
+    for row in sparse:
+        assert row["realised_sparsity"] == pytest.approx(0.75, abs=0.05)
+        assert (row["decode_sparsity"] is None) == (row["task"] in ("perplexity", "copy"))
     assert len(record["metrics"]["effective_support"]["row"]) == 2
     assert record["dataset"]["text"] == "wikipedia_sample"
     assert f"1 language records in {tmp_path / 'runs'}" in report([record], tmp_path / "runs")
