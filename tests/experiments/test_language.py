@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from entreg.adapters.language_models import ARCHITECTURES, random_language_model
 from entreg.cli import CONFIGS
-from entreg.errors import ConfigError
+from entreg.errors import AssetError, ConfigError
 from entreg.evaluation import language_experiment
 from entreg.evaluation.language_evaluation import expand_plans
 from entreg.evaluation.language_experiment import PAPER_MODELS, plan_run
@@ -27,6 +27,7 @@ TINY = [
     "profile.language.max_count=1",
     "evaluation.tasks.needle.depths=[0.5]",
     "evaluation.effective_support.num_sampled_queries=8",
+    "evaluation.tasks.summary.new_tokens=8",
 ]
 TRAINED = ["trainer.steps=2", "trainer.warmup_steps=0", "trainer.batch_size=2", "training.context=64"]
 
@@ -186,6 +187,7 @@ def test_methods_train_and_are_evaluated(adaptation, tmp_path):
     assert len({one["model"]["parameters"] for one in records.values()}) == 1
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     overrides = [
         "experiment=llm/training",
@@ -259,22 +261,31 @@ def script(*arguments):
 
 def test_the_papers_command_says_what_is_missing(tmp_path):
     folders = [f"store={tmp_path / 'runs'}", f"checkpoints={tmp_path / 'checkpoints'}"]
-    for overrides, words in (
-        ([], ["MODEL=...", "meta-llama/Llama-2-7b-hf", "microsoft/phi-2", "local folder"]),
-        (["model.name=/nowhere", "data=packaged_text"], ["/nowhere"]),
-    ):
-        done = script("experiment=llm/other", "profile=paper", *overrides, *folders)
-        assert done.returncode == 2
-        assert "Traceback" not in done.stderr
-        sentences = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
-        assert len(sentences) == 1
-        for word in words:
-            assert word in sentences[0]
+    done = script("experiment=llm/other", "profile=paper", *folders)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(sentences) == 1
+    for word in ("MODEL=...", "meta-llama/Llama-2-7b-hf", "microsoft/phi-2", "local folder"):
+        assert word in sentences[0]
     done = subprocess.run(
         ["make", "reproduce-llm", "PROFILE=paper"], cwd=CONFIGS.parent, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
     assert "MODEL=meta-llama/Llama-2-7b-hf" in done.stderr
+
+
+def test_missing_texts_show_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(language_experiment, "load_language_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    runs = planned(tmp_path, "experiment=llm/phi_2", "profile=paper", "data.text.root=/nowhere")
+    with pytest.raises(AssetError, match="there is no folder /nowhere with wikitext_2"):
+        run_all(runs, store=tmp_path / "runs", command="x")
+
+
+def test_a_missing_model_is_one_sentence(tmp_path):
+    runs = planned(tmp_path, "experiment=llm/other", "data=packaged_text", "model.name=/nowhere")
+    with pytest.raises(AssetError, match="there is no folder /nowhere with a language model"):
+        run_all(runs, store=tmp_path / "runs", command="x")
 
 
 def write_texts(folder):
