@@ -38,6 +38,7 @@ RECORDED_DISTRIBUTIONS = (
     "gguf",
     "peft",
     "rouge-score",
+    "mwparserfromhell",
     "flash-attn",
     "wandb",
     "hydra-joblib-launcher",
