@@ -28,6 +28,7 @@ from entreg.adapters.language_models import require_context
 from entreg.data.language_tasks import copy_windows, needle_tasks, summary_tasks, token_windows
 from entreg.data.text import Corpus, corpus
 from entreg.errors import ConfigError
+from entreg.evaluation.language_harness import check_harness, harness_measures
 from entreg.evaluation.language_measures import (
     SparsityMeter,
     greedy_continuation,
@@ -142,6 +143,8 @@ def check_evaluation(config: Mapping[str, Any]) -> None:
         depths = settings.get("depths", [0.5])
         if not depths or not all(isinstance(depth, int | float) and 0 <= depth <= 1 for depth in depths):
             raise ConfigError(f"evaluation.tasks.needle.depths must be numbers in [0, 1], got {depths}")
+    if config["harness"] is not None:
+        check_harness(config["harness"])
     support = config["effective_support"]
     if support is not None:
         _require_numbers("evaluation.effective_support", [support["context"], support["count"]], 1)
@@ -271,6 +274,7 @@ def evaluate_everything(
     support = config["effective_support"]
     if support is not None:
         metrics["effective_support"] = _effective_support(model, tasks, support, config["seed"])
+    harness = config["harness"]
     jobs = [("dense", 0.0, None), *plans]
     written: dict[int, list[str]] = {}
     rows = []
@@ -285,6 +289,8 @@ def evaluate_everything(
                         rows.append(
                             {"task": task.name, **names, **_row(model, handle, tokenizer, task, written, place)}
                         )
+                if harness is not None and (plan is None or level in (harness.get("levels") or [level])):
+                    rows += [{**row, **names} for row in _harness_rows(model, handle, tokenizer, harness)]
             finally:
                 if handle is not None:
                     handle.remove()
@@ -311,6 +317,16 @@ def _row(model: nn.Module, handle: Any, tokenizer: Any, task: Task, written: dic
         **measured,
         "seconds": time.perf_counter() - started,
     }
+
+
+def _harness_rows(model: nn.Module, handle: Any, tokenizer: Any, settings: Mapping[str, Any]) -> list[Row]:
+    """Rows of the harness's tasks; sparsity and seconds are those of all of them together."""
+    started = time.perf_counter()
+    with SparsityMeter(model, handle) as meter:
+        rows = harness_measures(model, tokenizer, settings)
+    seconds = time.perf_counter() - started
+    measured = {"realised_sparsity": meter.prefill, "decode_sparsity": meter.decode, "seconds": seconds}
+    return [{**row, **measured} for row in rows]
 
 
 def _loss_measures(model: nn.Module, task: Task) -> Row:

@@ -57,7 +57,7 @@ def windows(count, length, seed=0):
 def evaluation(**changed):
     """The ``evaluation`` part of a configuration with one task."""
     tasks = {"perplexity": PERPLEXITY}
-    return {"seed": 0, "tasks": tasks, "plans": {}, "effective_support": None, **changed}
+    return {"seed": 0, "tasks": tasks, "plans": {}, "effective_support": None, "harness": None, **changed}
 
 
 def losses_in_float64(model, ids):
@@ -205,6 +205,25 @@ class StubBody(nn.Module):
 def measured(model, task):
     with SparsityMeter(model, None):
         return language_evaluation._row(model, None, Words(), task, {}, 0)
+
+
+def test_the_harness_runs_dense_and_under_its_levels(model, monkeypatch):
+    def answers(_, __, settings):
+        # Whatever it does, it runs the model.
+        model.base_model(input_ids=windows(1, 256), use_cache=False)
+        return [{"task": f"lm_eval/{name}", "acc": 0.5} for name in settings["tasks"]]
+
+    monkeypatch.setattr(language_evaluation, "harness_measures", answers)
+    plans = {"window": {"kind": "decoder", "selection": "window", "block_size": 16, "levels": [0.5, 0.75]}}
+    config = evaluation(plans=plans, harness={"tasks": ["a", "b"], "levels": [0.75]})
+    _, rows = evaluate_everything(model, Words(), [], config)
+    assert [(row["task"], row["plan"], row["level"]) for row in rows] == [
+        ("lm_eval/a", "dense", 0.0),
+        ("lm_eval/b", "dense", 0.0),
+        ("lm_eval/a", "window", 0.75),
+        ("lm_eval/b", "window", 0.75),
+    ]
+    assert [row["realised_sparsity"] > 0.7 for row in rows] == [False, False, True, True]
 
 
 class Words:
@@ -399,6 +418,8 @@ def test_varied_fields_stand_for_one_plan_per_combination():
         ({"plans": {"a": {"kind": "columns", "sparsity": 0.5}}}, "must be of kind decoder"),
         ({"plans": {"a": {"kind": "decoder"}}}, "sparsity"),
         ({"plans": {"a": {"kind": "decoder", "levels": [0.5, 0.5]}}}, "two plans a of sparsity 0.5"),
+        ({"harness": {"tasks": []}}, "needs tasks"),
+        ({"harness": {"tasks": ["arc_easy"], "limits": 3}}, "unknown key 'limits'"),
         ({"effective_support": {"context": 0, "count": 1}}, "effective_support"),
     ],
 )

@@ -20,6 +20,7 @@ EVALUATION = {
     },
     "plans": {"a": {"levels": [0.5, 0.75]}, "b": {"levels": [0.5]}, "c": {"sparsity": 0.6}, "d": None},
     "effective_support": {"context": 2048, "count": 2},
+    "harness": None,
 }
 
 
