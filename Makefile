@@ -86,7 +86,7 @@ reproduce-llm: $(STAMP) ## LLM claims: offline on SmolLM2, or PROFILE=paper MODE
 ifeq ($(PROFILE),paper)
 	@test -n '$(MODEL)' || { echo "PROFILE=paper needs MODEL=meta-llama/Llama-2-7b-hf, mistralai/Mistral-7B-v0.1, microsoft/phi-2 or a local folder" >&2; exit 2; }
 	$(BIN)/python scripts/language.py experiment=$(llm-experiment) profile=paper model.name='$(MODEL)' $(paper-texts) $(OVERRIDES)
-	$(BIN)/python scripts/benchmark.py benchmark=language_speed profile=paper
+	$(BIN)/python scripts/benchmark.py benchmark=language_speed_gpu profile=paper
 else
 	$(BIN)/python scripts/language.py experiment=llm/smollm2 profile=reproduce $(OVERRIDES)
 	$(BIN)/python scripts/benchmark.py benchmark=language_speed profile=reproduce

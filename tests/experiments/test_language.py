@@ -71,6 +71,18 @@ def test_every_experiment_is_accepted(name, tmp_path):
             assert run.config["evaluation"]["tasks"]["perplexity"]["splits"] == ["validation", "test"]
 
 
+def test_a_sweep_is_one_job_per_kind_of_plan(tmp_path):
+    composed = hydra.compose("language", ["+sweep=llm_plans"], return_hydra_config=True)
+    assert composed.name == "llm/sweep"
+    parts = {key: str(values).count("[") for key, values in composed.hydra.sweeper.params.items()}
+    jobs = 1
+    for count in parts.values():
+        jobs *= count
+    (run,) = planned(tmp_path, "experiment=llm/sweep")
+    # The plain run holds the plans of all jobs.
+    assert len(expand_plans(run.config["evaluation"]["plans"])) == jobs
+
+
 def test_training_methods_differ_in_nothing_but_the_method(tmp_path):
     runs = planned(tmp_path, "experiment=llm/training", "study.seeds=[0]")
     methods = [run.config["method"] for run in runs]
