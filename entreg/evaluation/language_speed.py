@@ -77,6 +77,8 @@ FREE_METHOD = "attention for free"
 _CHOOSING = "choosing of "
 # Fewer rounds tell no median from an outlier.
 _LEAST_ROUNDS = 3
+# The second call may compile once more, when it finds what the first one left; graphs are recorded after that.
+_COMPILING_CALLS = 3
 # Calls whose tokens differ from each other.
 _TOKEN_SETS = 4
 # Dense decoding: attention implementation and cache by the name of the row that is not the fastest.
@@ -330,6 +332,10 @@ def measure(
         candidates = list(_candidates(model, cell, config, not_run))
         steps: dict[str, Callable[[], object]] = {one.method: one.step for one in candidates}
         steps |= {_CHOOSING + one.method: one.choosing for one in candidates if one.choosing is not None}
+        if config["compilation"] != "none":
+            for one in candidates:
+                for _ in range(_COMPILING_CALLS):
+                    one.step()
         synchronize = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None
         warm = {name: warm_up(step, synchronize) for name, step in steps.items()}
         loops = {name: count for name, (count, _) in warm.items()}

@@ -342,6 +342,17 @@ def test_no_cuda_gets_one_sentence(monkeypatch, tmp_path):
         run_language_speed(**arguments(device="cuda"), store=tmp_path)
 
 
+@pytest.mark.slow
+def test_compiled_candidates_are_measured_when_they_are_compiled(tmp_path):
+    models = {"tiny": MODEL | {"plans": {}}}
+    phases = {"prefill": {"contexts": [256], "batches": [1]}}
+    path = run_language_speed(**arguments(models=models, phases=phases, compilations=["default"]), store=tmp_path)[0]
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["compilation"] for row in rows] == ["default"] * 3
+    # Compiling takes seconds, a pass of the tiny model milliseconds.
+    assert max(row["seconds_max"] for row in rows) < 0.5
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_rows_have_peak_memory(tmp_path):
