@@ -7,6 +7,8 @@ are four tasks (contexts and numbers of items are our choice; the paper states n
 * ``copy``: loss on the second copy of a text that was just read;
 * ``needle``: share of sentences hidden in a long text that are repeated exactly, read and written sparsely;
 * ``summary``: ROUGE-L of greedy continuations of articles, against references and against the dense model's own.
+
+Besides, where asked for: tasks of lm-eval (:mod:`entreg.evaluation.language_harness`).
 """
 
 from __future__ import annotations
@@ -37,8 +39,7 @@ from entreg.evaluation.language_measures import (
     row_supports,
     token_losses,
 )
-from entreg.sparse import sparsity_from_mapping
-from entreg.sparse.config import DecoderSparsity
+from entreg.sparse import DecoderSparsity, sparsity_from_mapping
 
 Row = dict[str, Any]
 

@@ -32,8 +32,7 @@ from entreg.evaluation.language_evaluation import (
 )
 from entreg.evaluation.studies import NOT_RECORDED, chosen_device, last_step, scaled_trainer
 from entreg.records.record import config_hash, new_record
-from entreg.sparse import sparsity_from_mapping
-from entreg.sparse.config import DecoderSparsity
+from entreg.sparse import DecoderSparsity, sparsity_from_mapping
 from entreg.training.language import (
     LanguageObjective,
     TokenWindows,
