@@ -118,7 +118,9 @@ def require_full_attention(config: PreTrainedConfig) -> None:
 def _with_room(old: Tensor, new: Tensor, length: int, end: int) -> Tensor:
     """A buffer with more than ``end`` places, the first ``length`` of which are the old ones."""
     batch, heads, _, width = new.shape
-    buffer = new.new_empty(batch, heads, end + max(_LEAST_ROOM, int(end * _GROWTH)), width)
+    wanted = end + max(_LEAST_ROOM, int(end * _GROWTH))
+    # A whole number of pages for every head, so that a sparse path can copy pages as they lie.
+    buffer = new.new_empty(batch, heads, -(-wanted // _LEAST_ROOM) * _LEAST_ROOM, width)
     if length:
         buffer[:, :, :length] = old
     return buffer

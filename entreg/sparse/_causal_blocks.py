@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from entreg.sparse._blocks import visible_blocks
-from entreg.sparse._rows import rows_of_heads
 from entreg.sparse.budgets import bucket_by_budget
 from entreg.sparse.plan import SparsityPlan
 
@@ -56,34 +55,6 @@ def attend_causal_blocks(
     if rows < plan.num_queries:
         parts.append(_block_rows(q[:, :, rows:], k, v, plan, leading, scale, mask))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-
-def attend_pages(q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, scale: float, mask: Tensor | None) -> Tensor:
-    """Attention of one query over whole pages (the plan's blocks), for arguments as in :func:`attend_causal_blocks`.
-
-    The rows of one query need no block of their own, so only keys and values are copied.
-    """
-    batch, heads, _, width = q.shape
-    key_heads, size, last = k.shape[1], plan.block_size, plan.key_blocks - 1
-    chosen = plan.block_mask[:, :, 0].expand(batch, key_heads, -1)
-    counts = chosen.sum(-1)
-    most = int(counts.max())
-    index = chosen.to(torch.int8).argsort(dim=-1, stable=True)[..., -most:]
-    # The query's own page comes last; what lies behind the newest key in it is cut off, for all alike.
-    keys = (index[..., None] * size + torch.arange(size, device=q.device)).flatten(2)
-    keys = keys[..., : keys.shape[-1] - ((last + 1) * size - plan.num_keys)]
-    allowed = None
-    if int(counts.min()) < most:
-        real = torch.arange(most, device=q.device) >= (most - counts)[..., None]
-        allowed = real.repeat_interleave(size, dim=-1)[..., None, : keys.shape[-1]]
-    if mask is not None:
-        seen = mask[:, :, 0].expand(-1, key_heads, -1).gather(2, keys)[:, :, None]
-        allowed = seen if allowed is None else allowed & seen
-    grouped = q.reshape(batch, key_heads, heads // key_heads, width)
-    out = scaled_dot_product_attention(
-        grouped, rows_of_heads(k, keys), rows_of_heads(v, keys), attn_mask=allowed, scale=scale
-    )
-    return out.reshape(batch, heads, 1, -1)
 
 
 def _leading_dense_blocks(plan: SparsityPlan) -> int:

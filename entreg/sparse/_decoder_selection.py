@@ -41,7 +41,7 @@ def selection_entries(sparsity: DecoderSparsity, num_queries: int, num_keys: int
 def block_scores(
     q: Tensor, k: Tensor, sparsity: DecoderSparsity, block_size: int, *, scale: float | None, mask: Tensor | None
 ) -> Tensor:
-    """Estimated attention mass of every pair of blocks, mean over the queries of a block and the heads of a group.
+    """Estimated attention mass of every pair of blocks, shared by the heads of a group and by neighbouring pairs.
 
     Args:
         q: (batch, heads, n, d).
@@ -65,7 +65,22 @@ def block_scores(
     else:
         number = sparsity.num_sampled_queries if sparsity.selection == "sampled" else block_size
         scores = _sampled_scores(q, k, number, block_size, scale, mask)
-    return scores.unflatten(1, (key_heads, heads // key_heads)).mean(2)
+    grouped = scores.unflatten(1, (key_heads, heads // key_heads))
+    shared = grouped.mean(2) if sparsity.group_reduction == "mean" else grouped.amax(2)
+    if sparsity.selection in ("oracle", "topk"):
+        return shared
+    return _shared_along(_shared_along(shared, sparsity.diagonal_radius, 1), sparsity.column_radius, 0)
+
+
+def _shared_along(scores: Tensor, radius: int, slope: int) -> Tensor:
+    """Every pair plus its neighbours (row + i, column + slope * i), weighted 1 - |i| / (radius + 1)."""
+    rows, columns = scores.shape[-2:]
+    total = scores.clone() if radius else scores
+    for shift in range(1, min(radius, rows - 1, columns - 1 if slope else rows) + 1):
+        weight, across = 1.0 - shift / (radius + 1), shift * slope
+        total[..., shift:, across:] += weight * scores[..., : rows - shift, : columns - across]
+        total[..., : rows - shift, : columns - across] += weight * scores[..., shift:, across:]
+    return total
 
 
 def visible_from_mask(mask: Tensor, block_size: int) -> Tensor:
@@ -85,8 +100,17 @@ def visible_from_mask(mask: Tensor, block_size: int) -> Tensor:
     return seen
 
 
-def with_first_visible(scores: Tensor, visible: Tensor) -> Tensor:
-    """The scores with every row's first visible block, the attention sink of its document, above all others."""
+def with_kept_blocks(scores: Tensor, visible: Tensor, local_blocks: int) -> Tensor:
+    """The scores with what is always kept above all others: each row's first visible block and those before its own.
+
+    The first one is the attention sink of the row's document. The row's own block is marked by those who choose.
+    """
+    own = last_visible(visible)
+    scores = scores.clone()
+    for back in range(1, local_blocks + 1):
+        before = (own - back).clamp_min(0).expand(*scores.shape[:3], 1)
+        # Nearer blocks win where the budget does not hold all.
+        scores.scatter_(-1, before, torch.finfo(scores.dtype).max / (back + 1))
     return scores.scatter(-1, _first_visible(scores, visible), torch.finfo(scores.dtype).max)
 
 
@@ -127,7 +151,7 @@ def blocks_by_mass(scores: Tensor, count: int, visible: Tensor, entries: Tensor)
     """The pairs of highest score over all heads and rows of a layer, of the density that ``count`` per row would have.
 
     Args:
-        scores: (batch, key_heads, query_blocks, key_blocks); first visible blocks marked by the largest number.
+        scores: (batch, key_heads, query_blocks, key_blocks) of :func:`with_kept_blocks`.
         count: of the uniform budget, at least 2.
         visible: bool, broadcastable to the scores; every row's last visible block is kept.
         entries: (query_blocks, key_blocks) float64 score entries of each pair.
@@ -145,7 +169,7 @@ def blocks_by_mass(scores: Tensor, count: int, visible: Tensor, entries: Tensor)
     uniform = torch.where(seen > count, full - entries[rows, count - 1] + own, full)
     order = ranked.argsort(dim=-1, descending=True, stable=True)
     cost = entries.expand_as(scores).flatten(1).gather(1, order)
-    # Sinks and own blocks come first and are kept whatever they cost.
+    # Sinks and own blocks are kept whatever they cost.
     forced = ranked.gather(1, order) >= torch.finfo(scores.dtype).max
     kept = (cost.cumsum(1) <= uniform.sum() * scores.shape[1] + 0.5) | forced
     chosen = torch.zeros_like(kept).scatter(1, order, kept).view_as(scores)

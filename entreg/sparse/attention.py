@@ -11,10 +11,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from entreg.entropy.attention import check_attention_inputs
 from entreg.errors import InputError
-from entreg.sparse._causal_blocks import attend_causal_blocks, attend_pages, keeps_own_blocks
+from entreg.sparse._causal_blocks import attend_causal_blocks, keeps_own_blocks
 from entreg.sparse._flash import attend_flash
 from entreg.sparse._flex import attend_flex
 from entreg.sparse._gather import gather
+from entreg.sparse._pages import attend_pages
 from entreg.sparse._reference import attend_reference
 from entreg.sparse.config import BACKENDS
 from entreg.sparse.plan import SparsityPlan

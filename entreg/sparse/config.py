@@ -237,6 +237,12 @@ class DecoderSparsity:
         block_size: queries and keys per block, at least 1.
         pool_size: consecutive tokens of which a selection sees the mean; divides ``block_size``.
         num_sampled_queries: of ``sampled``, per query block, at least 1 and at most ``block_size``.
+        group_reduction: what counts of the heads that share a key head: ``mean`` of their attention or its ``max``.
+        diagonal_radius: estimates of ``pooled`` and ``sampled`` are shared with as many neighbours along the diagonal,
+            at least 0; weights fall linearly. Relative positions make attention alike along diagonals, so few queries
+            say much about those beside them.
+        column_radius: the same along columns of key blocks.
+        local_blocks: blocks before each row's own that are always kept, at least 0.
         budget: how many blocks each row of blocks has: ``uniform``: the same number; ``entropy``: numbers per key head
             in proportion to exp(H) of its estimated distribution over blocks; ``mass``: those blocks of all rows and
             heads of a layer that have the most estimated attention mass. All realise the same sparsity.
@@ -253,7 +259,11 @@ class DecoderSparsity:
     selection: str = "pooled"
     block_size: int = 64
     pool_size: int = 16
-    num_sampled_queries: int = 4
+    num_sampled_queries: int = 1
+    group_reduction: str = "max"
+    diagonal_radius: int = 2
+    column_radius: int = 1
+    local_blocks: int = 1
     budget: str = "uniform"
     page_size: int = 64
     decode_sparsity: float | None = None
@@ -265,10 +275,13 @@ class DecoderSparsity:
         _require_fraction(self, "sparsity")
         _require_fraction(self, "decode_sparsity")
         _require_choice(self, "selection", SELECTIONS)
-        for name in ("block_size", "pool_size", "num_sampled_queries", "page_size"):
+        counts = {"block_size": 1, "pool_size": 1, "num_sampled_queries": 1, "page_size": 1}
+        counts |= {"diagonal_radius": 0, "column_radius": 0, "local_blocks": 0}
+        for name, minimum in counts.items():
             if getattr(self, name) is None:
-                raise ConfigError(f"DecoderSparsity's {name} must be an integer of at least 1, got None")
-            _require_count(self, name, 1)
+                raise ConfigError(f"DecoderSparsity's {name} must be an integer of at least {minimum}, got None")
+            _require_count(self, name, minimum)
+        _require_choice(self, "group_reduction", ("mean", "max"))
         if self.block_size % self.pool_size or self.num_sampled_queries > self.block_size:
             raise ConfigError(
                 f"DecoderSparsity's pool_size must divide block_size {self.block_size} and num_sampled_queries be at "

@@ -23,13 +23,15 @@ from entreg.sparse._decoder_selection import (
     counts_by_entropy,
     selection_entries,
     visible_from_mask,
-    with_first_visible,
+    with_kept_blocks,
 )
 from entreg.sparse.attention import dense_attention, sparse_attention
 from entreg.sparse.config import DecoderSparsity
 from entreg.sparse.plan import SparsityPlan
 from entreg.sparse.planning import block_densities, blocks_within
 
+# Leading components of a key that tell it from others.
+_COMPARED = 8
 # The sink's block and the query's own.
 _LEAST_BLOCKS = 2
 
@@ -37,8 +39,10 @@ _LEAST_BLOCKS = 2
 class PageSummaries:
     """Means of the complete pages of one layer's key cache, brought up to date as the cache grows.
 
-    A cache may be cropped, reordered or replaced between calls: the last key of every page is kept and compared, and
-    what differs is computed anew.
+    A cache may be cropped, reordered or replaced between calls: part of the last key of every page is kept and
+    compared, and what differs is computed anew. (In a model's first layer, where a key knows nothing of the tokens
+    before it, a page that was rewritten and ends in the same token is taken for the old one. That concerns which pages
+    are chosen there, never what is read from them.)
 
     Args:
         page_size: keys per page, at least 1.
@@ -53,7 +57,7 @@ class PageSummaries:
         """Means of all complete pages of k (batch, key_heads, m, d): (batch, key_heads, pages, d), in k's dtype."""
         size = self.page_size
         pages = k.shape[2] // size
-        last_keys = k[:, :, size - 1 : pages * size : size]
+        last_keys = k[:, :, size - 1 : pages * size : size, :_COMPARED]
         known = self._known_pages(last_keys)
         if known < pages:
             new = k[:, :, known * size : pages * size].unflatten(2, (pages - known, size)).mean(3)
@@ -142,7 +146,7 @@ def _prompt_plan(
         return None
     visible = visible_blocks(n, m, size, q.device) if mask is None else visible_from_mask(mask, size)
     estimated = block_scores(q, k, sparsity, size, scale=scale, mask=mask)
-    scores = with_first_visible(estimated, visible)
+    scores = with_kept_blocks(estimated, visible, sparsity.local_blocks)
     if sparsity.budget == "mass":
         chosen = blocks_by_mass(scores, count, visible, block_entries(n, m, size, True, q.device))
     else:
@@ -178,7 +182,7 @@ def _page_plan(
     visible = torch.ones(1, total, dtype=torch.bool, device=q.device)
     if mask is not None:
         visible = visible_from_mask(mask, size)
-    chosen = highest_blocks(with_first_visible(scores, visible), count, 0, visible)
+    chosen = highest_blocks(with_kept_blocks(scores, visible, local_blocks=1), count, 0, visible)
     return _block_plan(q, k, chosen, size, entries)
 
 

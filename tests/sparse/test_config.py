@@ -10,6 +10,7 @@ from entreg.sparse.config import (
     BlockSparsity,
     ColumnSparsity,
     Combined,
+    DecoderSparsity,
     EntropyBudget,
     TokenMerging,
     TokenSparsity,
@@ -38,6 +39,7 @@ def test_every_kind_is_built_from_plain_values():
         )
     )
     assert sparsity_from_mapping({"kind": "none"}) is None
+    assert sparsity_from_mapping({"kind": "decoder", "sparsity": 0.75, "layers": [2, 0]}).layers == (0, 2)
 
 
 def test_a_plan_survives_the_way_through_plain_values_and_serves_as_a_key():
@@ -112,7 +114,20 @@ def test_mappings_that_are_refused(mapping, sentence):
         (lambda: TokenMerging(-1), "r must be an integer of at least 0"),
         (lambda: TokenMerging(()), "or one per layer"),
         (lambda: TokenMerging((1, 2.5)), "or one per layer"),
+        (lambda: DecoderSparsity(), "DecoderSparsity needs sparsity, got none"),
+        (lambda: DecoderSparsity(1.0), r"number in \[0, 1\), got 1.0"),
+        (lambda: DecoderSparsity(0.5, selection="best"), "selection must be one of pooled, sampled, oracle"),
+        (lambda: DecoderSparsity(0.5, block_size=24), "pool_size must divide block_size 24"),
+        (lambda: DecoderSparsity(0.5, num_sampled_queries=65), "at most that, got 16 and 65"),
+        (lambda: DecoderSparsity(0.5, page_size=None), "page_size must be an integer of at least 1, got None"),
+        (lambda: DecoderSparsity(0.5, local_blocks=-1), "local_blocks must be an integer of at least 0"),
+        (lambda: DecoderSparsity(0.5, group_reduction="sum"), "group_reduction must be one of mean, max"),
+        (lambda: DecoderSparsity(0.5, budget="mass", selection="window"), "its budget must be uniform"),
+        (lambda: DecoderSparsity(0.5, selection="topk"), "needs the backend reference, got 'gather'"),
+        (lambda: DecoderSparsity(0.5, backend="flash"), "needs one of reference, gather, flex, got 'flash'"),
+        (lambda: DecoderSparsity(0.5, decode_sparsity=-1), "decode_sparsity must be a number"),
         (lambda: Combined(()), "at least one plan"),
+        (lambda: Combined((DecoderSparsity(0.5),)), "must be a single plan"),
         (lambda: Combined((Combined((TokenMerging(1),)),)), "must be a single plan"),
     ],
 )

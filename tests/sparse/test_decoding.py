@@ -21,7 +21,12 @@ SELECTIONS = ["pooled", "sampled", "oracle", "window"]
 
 
 def small(**values):
-    return DecoderSparsity(**{"block_size": 8, "pool_size": 4, "page_size": 8, "num_sampled_queries": 1, **values})
+    return DecoderSparsity(**{"block_size": 8, "pool_size": 4, "page_size": 8, **values})
+
+
+def plain(**values):
+    """Estimates as they are: the mean over heads, no neighbours."""
+    return small(**{"group_reduction": "mean", "diagonal_radius": 0, "column_radius": 0, "local_blocks": 0, **values})
 
 
 def causal_mask(n, m, padding=(0, 0)):
@@ -130,7 +135,7 @@ def test_estimated_mass_is_attention_summed_over_blocks(selection, padding):
     mask = causal_mask(n, m, (0, 0) if padding is None else padding)
     logits = q @ k.repeat_interleave(2, 1).transpose(-1, -2) * 0.7
     attention = torch.softmax(logits.masked_fill(~mask, -1e300), -1)
-    config = small(sparsity=0.5, selection=selection)
+    config = plain(sparsity=0.5, selection=selection)
     found = block_scores(q, k, config, size, scale=0.7, mask=None if padding is None else mask)
     offsets = [4] if selection == "sampled" else range(size)
     # Queries 0 ... 23 stand at the keys 10 ... 33: blocks 1 to 4, the first and last cut short.
@@ -143,9 +148,43 @@ def test_estimated_mass_is_attention_summed_over_blocks(selection, padding):
 
 def test_the_whole_attention_is_the_oracle():
     q, k, _ = random_inputs(heads=2, key_heads=2, n=32, m=32)
-    found = block_scores(q, k, small(sparsity=0.5, selection="oracle"), 8, scale=None, mask=None)
+    found = block_scores(q, k, plain(sparsity=0.5, selection="oracle"), 8, scale=None, mask=None)
     expected = attention_matrix(q, k, causal=True).unflatten(2, (4, 8)).unflatten(4, (4, 8)).sum(-1).mean(3)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_estimates_are_shared_with_neighbours_and_heads():
+    q, k, _ = random_inputs(heads=4, key_heads=2, n=48, m=48)
+    each = block_scores(q, k, plain(sparsity=0.5, selection="sampled"), 8, scale=None, mask=None)
+    assert each.shape == (2, 2, 6, 6)
+    config = small(sparsity=0.5, selection="sampled", diagonal_radius=2, column_radius=1, group_reduction="mean")
+    found = block_scores(q, k, config, 8, scale=None, mask=None)
+
+    def at(values, row, column):
+        inside = 0 <= row < 6 and 0 <= column < 6
+        return values[row][column] if inside else 0.0
+
+    for b, g in itertools.product(range(2), range(2)):
+        values = each[b, g].tolist()
+        weights = {-2: 1 / 3, -1: 2 / 3, 0: 1.0, 1: 2 / 3, 2: 1 / 3}
+        along = [[sum(w * at(values, r + i, c + i) for i, w in weights.items()) for c in range(6)] for r in range(6)]
+        for r, c in itertools.product(range(6), range(6)):
+            expected = along[r][c] + 0.5 * (at(along, r - 1, c) + at(along, r + 1, c))
+            assert float(found[b, g, r, c]) == pytest.approx(expected, rel=1e-9)
+    single = block_scores(
+        q, k.repeat_interleave(2, 1), plain(sparsity=0.5, selection="sampled"), 8, scale=None, mask=None
+    )
+    largest = block_scores(
+        q, k, plain(sparsity=0.5, selection="sampled", group_reduction="max"), 8, scale=None, mask=None
+    )
+    torch.testing.assert_close(largest, single.unflatten(1, (2, 2)).amax(2))
+
+
+def test_local_blocks_are_always_kept():
+    q, k, v = random_inputs(heads=2, key_heads=2, n=96, m=96)
+    _, plan = decoder_attention(q, k, v, small(sparsity=0.3, selection="pooled", local_blocks=2))
+    for row, back in itertools.product(range(12), range(3)):
+        assert plan.block_mask[:, :, row, max(row - back, 0)].all()
 
 
 @pytest.mark.parametrize("selection", ["pooled", "sampled"])
@@ -166,8 +205,8 @@ def test_budgets_realise_the_same_sparsity(budget):
     # One head attends widely, one to its own block alone.
     q[:, 1] *= 0.1
     q[:, 0] = 9.0 * k[:, 0]
-    uniform = decoder_attention(q, k, v, small(sparsity=0.6, selection="oracle"))[1]
-    shared = decoder_attention(q, k, v, small(sparsity=0.6, selection="oracle", budget=budget))[1]
+    uniform = decoder_attention(q, k, v, plain(sparsity=0.6, selection="oracle"))[1]
+    shared = decoder_attention(q, k, v, plain(sparsity=0.6, selection="oracle", budget=budget))[1]
     assert 0.6 <= uniform.sparsity
     # Blocks are whole: the last one of each head may be left out.
     assert uniform.sparsity - 1e-9 <= shared.sparsity <= uniform.sparsity + 0.04
@@ -196,7 +235,7 @@ def test_counts_follow_the_effective_support():
 
 def test_topk_keeps_the_largest_entries_of_every_row():
     q, k, v = random_inputs(heads=2, key_heads=2, n=30, m=30)
-    config = small(sparsity=0.5, selection="topk", backend="reference")
+    config = plain(sparsity=0.5, selection="topk", backend="reference")
     _, plan = decoder_attention(q, k, v, config)
     attention, mask = attention_matrix(q, k, causal=True), plan.to_mask()
     for b, h, i in itertools.product(range(2), range(2), range(30)):
@@ -237,6 +276,20 @@ def test_page_summaries_are_means_and_survive_what_happens_to_caches():
     expect(keys[:1])
 
 
+@pytest.mark.parametrize("room", [0, 6, 8, 24])
+def test_pages_of_a_cache_with_room_behind_its_keys(room):
+    q, k, v = random_inputs(heads=6, key_heads=2, n=1, m=90)
+    held = [torch.full((2, 2, 90 + room, 5), torch.nan, dtype=torch.float64) for _ in range(2)]
+    for buffer, filled in zip(held, (k, v), strict=True):
+        buffer[:, :, :90] = filled
+    found, plan = decoder_attention(q, held[0][:, :, :90], held[1][:, :, :90], small(sparsity=0.5))
+    expected, same = decoder_attention(q, k, v, small(sparsity=0.5))
+    assert torch.equal(plan.block_mask, same.block_mask)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    truth = sparse_attention(q, k, v, plan, backend="reference")
+    torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-12)
+
+
 def test_kept_summaries_change_nothing():
     q, k, v = random_inputs(heads=4, key_heads=2, n=1, m=90)
     config, pages = small(sparsity=0.5), PageSummaries(8)
@@ -251,10 +304,10 @@ def test_decoding_reads_the_pages_of_highest_estimated_mass():
     _, plan = decoder_attention(q, k, v, small(sparsity=0.9, decode_sparsity=0.5))
     means = torch.stack([k[:, :, 8 * p : 8 * p + 8].mean(2) for p in range(12)], 2).repeat_interleave(2, 1)
     mass = torch.softmax((q * means).sum(-1) * q.shape[-1] ** -0.5, -1).unflatten(1, (2, 2)).mean(2)
-    # 50 entries, 12 for the summaries: 4 pages of 8, among them the first and the newest.
+    # 50 entries, 12 for the summaries: 4 pages of 8, among them the first and the two newest.
     for b, g in itertools.product(range(2), range(2)):
-        others = sorted(range(1, 12), key=lambda p: -float(mass[b, g, p]))[:2]
-        assert torch.nonzero(plan.block_mask[b, g, 0]).flatten().tolist() == sorted({0, 12, *others})
+        other = max(range(1, 11), key=lambda p: float(mass[b, g, p]))
+        assert torch.nonzero(plan.block_mask[b, g, 0]).flatten().tolist() == sorted({0, other, 11, 12})
     # Three whole pages, four keys of the newest, twelve summaries.
     assert plan.sparsity == pytest.approx(1 - (3 * 8 + 4 + 12) / 100)
 
