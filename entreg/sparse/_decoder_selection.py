@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import avg_pool1d, pad
 
 from entreg.entropy.soft_partition import entropy_of_masses
 from entreg.sparse._blocks import last_visible, pooled_block_scores
@@ -28,26 +28,37 @@ _BISECTIONS = 50
 def selection_entries(sparsity: DecoderSparsity, num_queries: int, num_keys: int) -> int:
     """Score entries per head that :func:`block_scores` computes; 0 for ``window``, and for ``oracle`` by definition."""
     n, m = num_queries, num_keys
-    if sparsity.selection == "pooled":
+    entries = 0
+    if sparsity.selection in ("pooled", "validated"):
         rows = num_blocks(n + query_offset(n, m, sparsity.block_size, True), sparsity.block_size)
         pools = sparsity.block_size // sparsity.pool_size
-        return rows * pools * num_blocks(m, sparsity.block_size) * pools
-    if sparsity.selection == "sampled":
+        entries += rows * pools * num_blocks(m, sparsity.block_size) * pools
+    if sparsity.selection in ("sampled", "validated"):
         chunks = _chunks(sparsity.block_size, n, m)
-        return sum((end - start) * sparsity.num_sampled_queries * keys for start, end, keys in chunks)
-    return 0
+        entries += sum((end - start) * sparsity.num_sampled_queries * keys for start, end, keys in chunks)
+    return entries
 
 
 def block_scores(
-    q: Tensor, k: Tensor, sparsity: DecoderSparsity, block_size: int, *, scale: float | None, mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    sparsity: DecoderSparsity,
+    block_size: int,
+    count: int,
+    visible: Tensor,
+    *,
+    scale: float | None,
+    mask: Tensor | None,
 ) -> Tensor:
-    """Estimated attention mass of every pair of blocks, shared by the heads of a group and by neighbouring pairs.
+    """Estimated attention mass of every pair of blocks, the same for the query heads that share a key head.
 
     Args:
         q: (batch, heads, n, d).
         k: (batch, key_heads, m, d), m >= n.
         sparsity: its ``selection`` says how.
         block_size: of the plan.
+        count: key blocks per row of the plan's uniform budget.
+        visible: bool, broadcastable to the result: pairs with an allowed entry.
         scale: factor of the logits; default 1/sqrt(d).
         mask: (batch, 1, n, m) bool of allowed entries, or None.
 
@@ -55,21 +66,51 @@ def block_scores(
         (batch, key_heads or 1, query_blocks, key_blocks) float32 or float64. What no query may see has any value.
     """
     heads, key_heads, n, m = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
+    shared = (key_heads, heads // key_heads)
     if sparsity.selection == "window":
         rows = num_blocks(n + query_offset(n, m, block_size, True), block_size)
         columns = torch.arange(num_blocks(m, block_size), device=q.device, dtype=torch.float32)
         return columns.expand(len(q), 1, rows, -1)
-    if sparsity.selection == "pooled":
-        pool = sparsity.pool_size
-        scores = pooled_block_scores(q, k, block_size, scale=scale, causal=True, permutation=None, pool_size=pool)
-    else:
-        number = sparsity.num_sampled_queries if sparsity.selection == "sampled" else block_size
-        scores = _sampled_scores(q, k, number, block_size, scale, mask)
-    grouped = scores.unflatten(1, (key_heads, heads // key_heads))
-    shared = grouped.mean(2) if sparsity.group_reduction == "mean" else grouped.amax(2)
     if sparsity.selection in ("oracle", "topk"):
-        return shared
-    return _shared_along(_shared_along(shared, sparsity.diagonal_radius, 1), sparsity.column_radius, 0)
+        return _sampled_scores(q, k, block_size, block_size, scale, mask).unflatten(1, shared).mean(2)
+    pooled = sampled = None
+    if sparsity.selection in ("pooled", "validated"):
+        pool = sparsity.pool_size
+        pooled = pooled_block_scores(q, k, block_size, scale=scale, causal=True, permutation=None, pool_size=pool)
+        pooled = pooled.unflatten(1, shared).mean(2)
+    if sparsity.selection in ("sampled", "validated"):
+        sampled = _sampled_scores(q, k, sparsity.num_sampled_queries, block_size, scale, mask).unflatten(1, shared)
+        sampled = sampled.mean(2) if sparsity.group_reduction == "mean" else sampled.amax(2)
+        neighbours = _shared_along(_shared_along(sampled, sparsity.diagonal_radius, 1), sparsity.column_radius, 0)
+    if pooled is None:
+        return neighbours
+    if sampled is None:
+        return pooled
+    return _validated(sampled, neighbours, pooled, sparsity, count, visible)
+
+
+def _validated(
+    sampled: Tensor, neighbours: Tensor, pooled: Tensor, sparsity: DecoderSparsity, count: int, visible: Tensor
+) -> Tensor:
+    """For every head and stretch of rows the estimate that predicts the samples better.
+
+    ``neighbours`` without a row's own sample and ``pooled`` each choose as many blocks as the budget leaves; the
+    sampled attention that falls into them, summed over the rows of the stretch, is how well they predict.
+    """
+    free = visible.expand_as(sampled).scatter(-1, last_visible(visible).expand(*sampled.shape[:3], 1), False)
+    free = free.scatter(-1, _first_visible(sampled, visible), False)
+    # The sink and the row's own block are kept in any case.
+    number = min(max(count - 2, 1), sampled.shape[-1])
+
+    def predicted(scores: Tensor) -> Tensor:
+        chosen = scores.masked_fill(~free, -1.0).topk(number, dim=-1).indices
+        hits = sampled.masked_fill(~free, 0.0).gather(-1, chosen).sum(-1)
+        radius = sparsity.validation_radius
+        # The mean with zeros beyond the ends, in proportion to the sum.
+        return avg_pool1d(pad(hits, (radius, radius)), 2 * radius + 1, stride=1)
+
+    better = predicted(neighbours - sampled) > sparsity.validation_margin * predicted(pooled)
+    return torch.where(better.unsqueeze(-1), neighbours, pooled + sampled)
 
 
 def _shared_along(scores: Tensor, radius: int, slope: int) -> Tensor:

@@ -29,7 +29,7 @@ the mean ``mixed`` score of its part, so that parts stay whole.
 BACKENDS = ("reference", "gather", "flex", "flash")
 REDUCTIONS = ("drop", "merge", "partition", "fuse")
 ANCHORS = ("top", "residual")
-SELECTIONS = ("pooled", "sampled", "oracle", "window", "topk")
+SELECTIONS = ("validated", "pooled", "sampled", "oracle", "window", "topk")
 BUDGETS = ("uniform", "entropy", "mass")
 SCORE_SOURCES = ("own", "previous")
 
@@ -230,18 +230,22 @@ class DecoderSparsity:
         sparsity: realised sparsity of reading in [0, 1): of the causal score entries, those of the selection counted
             as computed.
         selection: how the blocks are chosen. ``pooled``: attention between the means of ``pool_size`` consecutive
-            queries and keys; ``sampled``: attention of ``num_sampled_queries`` queries per block to all keys, or to
-            the means of ``pool_size`` keys; ``window``: the latest blocks (sink + local, as StreamingLLM);
-            ``oracle``: full attention, for comparison, its cost is not counted; ``topk``: the same for single keys
-            of single queries.
+            queries and keys, good for wide attention; ``sampled``: attention of ``num_sampled_queries`` queries per
+            block to all keys, shared with neighbours, good for attention to single keys (copying); ``validated``:
+            for every head and stretch of rows the one of the two that predicts the sampled rows better, each of
+            these left out in turn; ``window``: the latest blocks (sink + local, as StreamingLLM); ``oracle``: full
+            attention, for comparison, its cost is not counted; ``topk``: the same for single keys of single queries.
         block_size: queries and keys per block, at least 1.
         pool_size: consecutive tokens of which a selection sees the mean; divides ``block_size``.
         num_sampled_queries: of ``sampled``, per query block, at least 1 and at most ``block_size``.
-        group_reduction: what counts of the heads that share a key head: ``mean`` of their attention or its ``max``.
-        diagonal_radius: estimates of ``pooled`` and ``sampled`` are shared with as many neighbours along the diagonal,
-            at least 0; weights fall linearly. Relative positions make attention alike along diagonals, so few queries
-            say much about those beside them.
+        group_reduction: what counts of sampled attention of the heads that share a key head: its ``mean`` or ``max``.
+        diagonal_radius: estimates of ``sampled`` are shared with as many neighbours along the diagonal, at least 0;
+            weights fall linearly. Relative positions make attention alike along diagonals, so few queries say much
+            about those beside them.
         column_radius: the same along columns of key blocks.
+        validation_radius: of ``validated``: rows of blocks before and after that decide together, at least 0.
+        validation_margin: of ``validated``, above 0: the samples' estimate is used where it predicts more than this
+            times what the pooled one predicts; below 1 it is preferred, above 1 the pooled one.
         local_blocks: blocks before each row's own that are always kept, at least 0.
         budget: how many blocks each row of blocks has: ``uniform``: the same number; ``entropy``: numbers per key head
             in proportion to exp(H) of its estimated distribution over blocks; ``mass``: those blocks of all rows and
@@ -256,14 +260,16 @@ class DecoderSparsity:
     """
 
     sparsity: float | None = None
-    selection: str = "pooled"
-    block_size: int = 64
+    selection: str = "validated"
+    block_size: int = 32
     pool_size: int = 16
     num_sampled_queries: int = 1
     group_reduction: str = "max"
     diagonal_radius: int = 2
     column_radius: int = 1
-    local_blocks: int = 1
+    validation_radius: int = 8
+    validation_margin: float = 0.9
+    local_blocks: int = 0
     budget: str = "uniform"
     page_size: int = 64
     decode_sparsity: float | None = None
@@ -276,12 +282,16 @@ class DecoderSparsity:
         _require_fraction(self, "decode_sparsity")
         _require_choice(self, "selection", SELECTIONS)
         counts = {"block_size": 1, "pool_size": 1, "num_sampled_queries": 1, "page_size": 1}
-        counts |= {"diagonal_radius": 0, "column_radius": 0, "local_blocks": 0}
+        counts |= {"diagonal_radius": 0, "column_radius": 0, "validation_radius": 0, "local_blocks": 0}
         for name, minimum in counts.items():
             if getattr(self, name) is None:
                 raise ConfigError(f"DecoderSparsity's {name} must be an integer of at least {minimum}, got None")
             _require_count(self, name, minimum)
         _require_choice(self, "group_reduction", ("mean", "max"))
+        if not _is_number(self.validation_margin) or not 0 < self.validation_margin < float("inf"):
+            raise ConfigError(
+                f"DecoderSparsity's validation_margin must be a number above 0, got {self.validation_margin!r}"
+            )
         if self.block_size % self.pool_size or self.num_sampled_queries > self.block_size:
             raise ConfigError(
                 f"DecoderSparsity's pool_size must divide block_size {self.block_size} and num_sampled_queries be at "

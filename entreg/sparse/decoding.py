@@ -145,7 +145,7 @@ def _prompt_plan(
     if count < _LEAST_BLOCKS or count == len(densities):
         return None
     visible = visible_blocks(n, m, size, q.device) if mask is None else visible_from_mask(mask, size)
-    estimated = block_scores(q, k, sparsity, size, scale=scale, mask=mask)
+    estimated = block_scores(q, k, sparsity, size, count, visible, scale=scale, mask=mask)
     scores = with_kept_blocks(estimated, visible, sparsity.local_blocks)
     if sparsity.budget == "mass":
         chosen = blocks_by_mass(scores, count, visible, block_entries(n, m, size, True, q.device))

@@ -13,11 +13,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from entreg.errors import InputError
 from entreg.sparse import DecoderSparsity, PageSummaries, decoder_attention, sparse_attention
 from entreg.sparse._causal_blocks import keeps_own_blocks
-from entreg.sparse._decoder_selection import block_scores, counts_by_entropy, selection_entries, visible_from_mask
+from entreg.sparse._decoder_selection import (
+    _validated,
+    block_scores,
+    counts_by_entropy,
+    selection_entries,
+    visible_from_mask,
+)
 from entreg.sparse.planning import block_densities
 from tests.sparse.attention_oracle import attention_by_loops, attention_matrix, random_inputs
 
-SELECTIONS = ["pooled", "sampled", "oracle", "window"]
+SELECTIONS = ["validated", "pooled", "sampled", "oracle", "window"]
 
 
 def small(**values):
@@ -27,6 +33,12 @@ def small(**values):
 def plain(**values):
     """Estimates as they are: the mean over heads, no neighbours."""
     return small(**{"group_reduction": "mean", "diagonal_radius": 0, "column_radius": 0, "local_blocks": 0, **values})
+
+
+def estimate(q, k, config, size=8, scale=None, mask=None, count=4):
+    n, m = q.shape[2], k.shape[2]
+    visible = visible_from_mask(causal_mask(n, m) if mask is None else mask, size)
+    return block_scores(q, k, config, size, count, visible, scale=scale, mask=mask)
 
 
 def causal_mask(n, m, padding=(0, 0)):
@@ -63,7 +75,7 @@ def test_all_shapes_with_gradients(data):
     size = data.draw(st.sampled_from([2, 4, 6]))
     config = DecoderSparsity(
         sparsity=data.draw(st.sampled_from([0.1, 0.3, 0.6])),
-        selection=data.draw(st.sampled_from(["pooled", "oracle"])),
+        selection=data.draw(st.sampled_from(["validated", "pooled", "oracle"])),
         budget=data.draw(st.sampled_from(["uniform", "entropy", "mass"])),
         block_size=size,
         pool_size=2,
@@ -108,7 +120,7 @@ def test_a_sequence_too_short_for_the_budget_is_dense():
 
 def test_rows_of_padding_are_finite():
     q, k, v = random_inputs(heads=2, key_heads=1, n=64, m=64, dtype=torch.float32)
-    found, plan = decoder_attention(q, k, v, small(sparsity=0.3), mask=causal_mask(64, 64, (0, 40)))
+    found, plan = decoder_attention(q, k, v, small(sparsity=0.3, selection="pooled"), mask=causal_mask(64, 64, (0, 40)))
     assert plan is not None
     assert torch.isfinite(found).all()
 
@@ -136,7 +148,7 @@ def test_estimated_mass_is_attention_summed_over_blocks(selection, padding):
     logits = q @ k.repeat_interleave(2, 1).transpose(-1, -2) * 0.7
     attention = torch.softmax(logits.masked_fill(~mask, -1e300), -1)
     config = plain(sparsity=0.5, selection=selection)
-    found = block_scores(q, k, config, size, scale=0.7, mask=None if padding is None else mask)
+    found = estimate(q, k, config, size, 0.7, None if padding is None else mask)
     offsets = [4] if selection == "sampled" else range(size)
     # Queries 0 ... 23 stand at the keys 10 ... 33: blocks 1 to 4, the first and last cut short.
     for b, g, r, c in itertools.product(range(2), range(2), range(4), range(5)):
@@ -148,17 +160,17 @@ def test_estimated_mass_is_attention_summed_over_blocks(selection, padding):
 
 def test_the_whole_attention_is_the_oracle():
     q, k, _ = random_inputs(heads=2, key_heads=2, n=32, m=32)
-    found = block_scores(q, k, plain(sparsity=0.5, selection="oracle"), 8, scale=None, mask=None)
+    found = estimate(q, k, plain(sparsity=0.5, selection="oracle"))
     expected = attention_matrix(q, k, causal=True).unflatten(2, (4, 8)).unflatten(4, (4, 8)).sum(-1).mean(3)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_estimates_are_shared_with_neighbours_and_heads():
     q, k, _ = random_inputs(heads=4, key_heads=2, n=48, m=48)
-    each = block_scores(q, k, plain(sparsity=0.5, selection="sampled"), 8, scale=None, mask=None)
+    each = estimate(q, k, plain(sparsity=0.5, selection="sampled"))
     assert each.shape == (2, 2, 6, 6)
     config = small(sparsity=0.5, selection="sampled", diagonal_radius=2, column_radius=1, group_reduction="mean")
-    found = block_scores(q, k, config, 8, scale=None, mask=None)
+    found = estimate(q, k, config)
 
     def at(values, row, column):
         inside = 0 <= row < 6 and 0 <= column < 6
@@ -171,13 +183,9 @@ def test_estimates_are_shared_with_neighbours_and_heads():
         for r, c in itertools.product(range(6), range(6)):
             expected = along[r][c] + 0.5 * (at(along, r - 1, c) + at(along, r + 1, c))
             assert float(found[b, g, r, c]) == pytest.approx(expected, rel=1e-9)
-    single = block_scores(
-        q, k.repeat_interleave(2, 1), plain(sparsity=0.5, selection="sampled"), 8, scale=None, mask=None
-    )
-    largest = block_scores(
-        q, k, plain(sparsity=0.5, selection="sampled", group_reduction="max"), 8, scale=None, mask=None
-    )
-    torch.testing.assert_close(largest, single.unflatten(1, (2, 2)).amax(2))
+    config = plain(sparsity=0.5, selection="sampled", group_reduction="max")
+    single = estimate(q, k.repeat_interleave(2, 1), config)
+    torch.testing.assert_close(estimate(q, k, config), single.unflatten(1, (2, 2)).amax(2))
 
 
 def test_local_blocks_are_always_kept():
@@ -187,14 +195,42 @@ def test_local_blocks_are_always_kept():
         assert plan.block_mask[:, :, row, max(row - back, 0)].all()
 
 
-@pytest.mark.parametrize("selection", ["pooled", "sampled"])
+def test_validation_takes_the_estimate_that_predicts_the_samples():
+    generator = torch.Generator().manual_seed(3)
+    rows = 12
+    sampled, pooled = (torch.rand(2, 2, rows, rows, generator=generator, dtype=torch.float64) for _ in range(2))
+    # In the second half of head 0 attention lies along a diagonal, which means do not show.
+    for row in range(6, rows):
+        sampled[:, 0, row] = 0.01
+        sampled[:, 0, row, row - 4] = 5.0
+    neighbours = sampled + torch.rand(2, 2, rows, rows, generator=generator, dtype=torch.float64)
+    for row in range(6, rows):
+        neighbours[:, 0, row, row - 4] += 5.0
+    visible = torch.ones(rows, rows, dtype=torch.bool).tril()
+    config = small(sparsity=0.5, validation_radius=1, validation_margin=0.9)
+    found = _validated(sampled, neighbours, pooled, config, 5, visible)
+
+    def hits(scores, b, g, r):
+        free = sorted(range(1, r), key=lambda c: -float(scores[b, g, r, c]))[:3]
+        return sum(float(sampled[b, g, r, c]) for c in free)
+
+    for b, g, r in itertools.product(range(2), range(2), range(rows)):
+        stretch = [i for i in (r - 1, r, r + 1) if 0 <= i < rows]
+        own = sum(hits(neighbours - sampled, b, g, i) for i in stretch)
+        better = own > 0.9 * sum(hits(pooled, b, g, i) for i in stretch)
+        expected = neighbours if better else pooled + sampled
+        torch.testing.assert_close(found[b, g, r], expected[b, g, r])
+    assert torch.equal(found[:, 0, 7:], neighbours[:, 0, 7:])
+
+
+@pytest.mark.parametrize("selection", ["validated", "pooled", "sampled"])
 @pytest.mark.parametrize(("n", "m"), [(96, 96), (50, 97)])
 def test_entries_of_the_selection_are_those_that_are_computed(selection, n, m):
     """A score entry is one product of width d: two floating-point operations per element."""
     config = small(sparsity=0.5, selection=selection)
     q, k, _ = random_inputs(heads=2, key_heads=2, n=n, m=m)
     with FlopCounterMode(display=False) as counter:
-        block_scores(q, k, config, 8, scale=None, mask=None)
+        estimate(q, k, config)
     per_head = counter.get_total_flops() / (2 * q.shape[-1] * q.shape[0] * q.shape[1])
     assert per_head == selection_entries(config, n, m)
 
