@@ -188,12 +188,13 @@ def counts_by_entropy(scores: Tensor, count: int, visible: Tensor, densities: Se
     return counts_at(low).to(scores.device)
 
 
-def blocks_by_mass(scores: Tensor, count: int, visible: Tensor, entries: Tensor) -> Tensor:
-    """The pairs of highest score over all heads and rows of a layer, of the density that ``count`` per row would have.
+def blocks_by_mass(scores: Tensor, total: float, visible: Tensor, entries: Tensor) -> Tensor:
+    """The pairs of highest score over all heads and rows of a layer.
 
     Args:
-        scores: (batch, key_heads, query_blocks, key_blocks) of :func:`with_kept_blocks`.
-        count: of the uniform budget, at least 2.
+        scores: (batch, key_heads, query_blocks, key_blocks) of :func:`with_kept_blocks`; the largest number marks what
+            is kept whatever it costs.
+        total: score entries per head that may be computed.
         visible: bool, broadcastable to the scores; every row's last visible block is kept.
         entries: (query_blocks, key_blocks) float64 score entries of each pair.
 
@@ -202,17 +203,10 @@ def blocks_by_mass(scores: Tensor, count: int, visible: Tensor, entries: Tensor)
     """
     visible = visible.expand_as(scores)
     ranked = scores.scatter(-1, last_visible(visible), torch.inf).masked_fill(~visible, -torch.inf).flatten(1)
-    seen = (entries > 0).sum(-1)
-    # What the uniform budget computes: its last block in part, the others in full.
-    rows = torch.arange(len(entries), device=entries.device)
-    full = entries.cumsum(-1)[rows, (torch.minimum(seen, seen.new_tensor(count)) - 1).clamp_min(0)]
-    own = entries[rows, seen - 1]
-    uniform = torch.where(seen > count, full - entries[rows, count - 1] + own, full)
     order = ranked.argsort(dim=-1, descending=True, stable=True)
     cost = entries.expand_as(scores).flatten(1).gather(1, order)
-    # Sinks and own blocks are kept whatever they cost.
     forced = ranked.gather(1, order) >= torch.finfo(scores.dtype).max
-    kept = (cost.cumsum(1) <= uniform.sum() * scores.shape[1] + 0.5) | forced
+    kept = (cost.cumsum(1) <= total * scores.shape[1] + 0.5) | forced
     chosen = torch.zeros_like(kept).scatter(1, order, kept).view_as(scores)
     return chosen & visible
 

@@ -247,6 +247,8 @@ class DecoderSparsity:
         validation_margin: of ``validated``, above 0: the samples' estimate is used where it predicts more than this
             times what the pooled one predicts; below 1 it is preferred, above 1 the pooled one.
         local_blocks: blocks before each row's own that are always kept, at least 0.
+        dense_tail_blocks: rows of blocks at the end of the prompt that see everything, at least 0: what is written next
+            is answered from there.
         budget: how many blocks each row of blocks has: ``uniform``: the same number; ``entropy``: numbers per key head
             in proportion to exp(H) of its estimated distribution over blocks; ``mass``: those blocks of all rows and
             heads of a layer that have the most estimated attention mass. All realise the same sparsity.
@@ -270,6 +272,7 @@ class DecoderSparsity:
     validation_radius: int = 8
     validation_margin: float = 0.9
     local_blocks: int = 0
+    dense_tail_blocks: int = 1
     budget: str = "uniform"
     page_size: int = 64
     decode_sparsity: float | None = None
@@ -282,7 +285,13 @@ class DecoderSparsity:
         _require_fraction(self, "decode_sparsity")
         _require_choice(self, "selection", SELECTIONS)
         counts = {"block_size": 1, "pool_size": 1, "num_sampled_queries": 1, "page_size": 1}
-        counts |= {"diagonal_radius": 0, "column_radius": 0, "validation_radius": 0, "local_blocks": 0}
+        counts |= {
+            "diagonal_radius": 0,
+            "column_radius": 0,
+            "validation_radius": 0,
+            "local_blocks": 0,
+            "dense_tail_blocks": 0,
+        }
         for name, minimum in counts.items():
             if getattr(self, name) is None:
                 raise ConfigError(f"DecoderSparsity's {name} must be an integer of at least {minimum}, got None")

@@ -140,18 +140,21 @@ def _prompt_plan(
     n, m = q.shape[2], k.shape[2]
     size = 1 if sparsity.selection == "topk" else sparsity.block_size
     entries = selection_entries(sparsity, n, m)
-    densities = block_densities(n, m, size, True)
+    densities = block_densities(n, m, size, True, sparsity.dense_tail_blocks)
     count = blocks_within(densities, 1.0 - sparsity.sparsity - entries / dense_entries(n, m, True))
     if count < _LEAST_BLOCKS or count == len(densities):
         return None
     visible = visible_blocks(n, m, size, q.device) if mask is None else visible_from_mask(mask, size)
     estimated = block_scores(q, k, sparsity, size, count, visible, scale=scale, mask=mask)
     scores = with_kept_blocks(estimated, visible, sparsity.local_blocks)
+    tail = torch.arange(scores.shape[2], device=q.device) >= scores.shape[2] - sparsity.dense_tail_blocks
     if sparsity.budget == "mass":
-        chosen = blocks_by_mass(scores, count, visible, block_entries(n, m, size, True, q.device))
+        scores = scores.masked_fill(tail[:, None], torch.finfo(scores.dtype).max)
+        total = densities[count - 1] * dense_entries(n, m, True)
+        chosen = blocks_by_mass(scores, total, visible, block_entries(n, m, size, True, q.device))
     else:
         counts = count if sparsity.budget == "uniform" else counts_by_entropy(estimated, count, visible, densities)
-        chosen = highest_blocks(scores, counts, 0, visible)
+        chosen = highest_blocks(scores, counts, 0, visible) | (visible & tail[:, None])
     return _block_plan(q, k, chosen, size, entries)
 
 

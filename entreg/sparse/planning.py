@@ -244,18 +244,25 @@ def blocks_within(densities: Sequence[float], density: float) -> int:
 
 
 @lru_cache(maxsize=256)
-def block_densities(num_queries: int, num_keys: int, block_size: int, causal: bool) -> tuple[float, ...]:
-    """For 1, 2, ... key blocks per query block the largest density of entries that they can have."""
+def block_densities(
+    num_queries: int, num_keys: int, block_size: int, causal: bool, dense_tail_blocks: int = 0
+) -> tuple[float, ...]:
+    """For 1, 2, ... key blocks per query block the largest density of entries that they can have.
+
+    The last ``dense_tail_blocks`` query blocks keep everything whatever the number.
+    """
     entries = block_entries(num_queries, num_keys, block_size, causal, torch.device("cpu"))
     if causal:
         # The last block that a row sees is always kept, and the only one not seen in full.
         last = (entries > 0).sum(-1, keepdim=True) - 1
         always = entries.gather(-1, last)
         others = entries.scatter(-1, last, 0.0).sort(-1, descending=True).values[:, :-1]
-        per_row = torch.cat((always, others), dim=-1)
+        per_row = torch.cat((always, others), dim=-1).cumsum(-1)
     else:
-        per_row = entries.sort(-1, descending=True).values
-    return tuple((per_row.sum(0).cumsum(0) / dense_entries(num_queries, num_keys, causal)).tolist())
+        per_row = entries.sort(-1, descending=True).values.cumsum(-1)
+    if dense_tail_blocks:
+        per_row[-dense_tail_blocks:] = entries[-dense_tail_blocks:].sum(-1, keepdim=True)
+    return tuple((per_row.sum(0) / dense_entries(num_queries, num_keys, causal)).tolist())
 
 
 def _checked_density(budget: float) -> float:

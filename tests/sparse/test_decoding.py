@@ -32,7 +32,9 @@ def small(**values):
 
 def plain(**values):
     """Estimates as they are: the mean over heads, no neighbours."""
-    return small(**{"group_reduction": "mean", "diagonal_radius": 0, "column_radius": 0, "local_blocks": 0, **values})
+    return small(
+        **{"group_reduction": "mean", "diagonal_radius": 0, "column_radius": 0, "dense_tail_blocks": 0, **values}
+    )
 
 
 def estimate(q, k, config, size=8, scale=None, mask=None, count=4):
@@ -188,9 +190,21 @@ def test_estimates_are_shared_with_neighbours_and_heads():
     torch.testing.assert_close(estimate(q, k, config), single.unflatten(1, (2, 2)).amax(2))
 
 
+@pytest.mark.parametrize("budget", ["uniform", "entropy", "mass"])
+def test_the_end_of_the_prompt_sees_everything_within_the_budget(budget):
+    q, k, v = random_inputs(heads=2, key_heads=2, n=240, m=240)
+    for tail in (1, 3):
+        config = small(sparsity=0.5, selection="oracle", budget=budget, dense_tail_blocks=tail)
+        _, plan = decoder_attention(q, k, v, config)
+        seen = plan.to_mask().sum(-1)
+        assert 0.5 <= plan.sparsity < 0.56
+        assert (seen[:, :, -tail * 8 :] == torch.arange(240 - tail * 8, 240) + 1).all()
+        assert (seen[:, :, -tail * 8 - 1] < 240 - tail * 8).all()
+
+
 def test_local_blocks_are_always_kept():
     q, k, v = random_inputs(heads=2, key_heads=2, n=96, m=96)
-    _, plan = decoder_attention(q, k, v, small(sparsity=0.3, selection="pooled", local_blocks=2))
+    _, plan = decoder_attention(q, k, v, plain(sparsity=0.3, selection="pooled", local_blocks=2))
     for row, back in itertools.product(range(12), range(3)):
         assert plan.block_mask[:, :, row, max(row - back, 0)].all()
 
@@ -350,7 +364,7 @@ def test_decoding_reads_the_pages_of_highest_estimated_mass():
 
 def test_bfloat16_lies_within_its_rounding_of_the_truth():
     q, k, v = random_inputs(heads=4, key_heads=2, n=128, m=128, width=32, value_width=32, dtype=torch.bfloat16)
-    found, plan = decoder_attention(q / 2, k, v, small(sparsity=0.5))
+    found, plan = decoder_attention(q / 2, k, v, plain(sparsity=0.5, selection="pooled"))
     truth = sparse_attention(q.double() / 2, k.double(), v.double(), plan, backend="reference")
     assert (found.double() - truth).abs().max() < 2**-6 * v.abs().max()
 
