@@ -113,7 +113,7 @@ def aims(records: list[dict[str, Any]]) -> Table | None:
         rows,
         notes=[
             f"{met} of {judged} judged aims met, {len(rows)} set. The default plan on SmolLM2-135M, offline scale; "
-            f"speed end to end in {DTYPE} on a CPU, over the dense model with fused attention.",
+            f"speed end to end in {DTYPE} on a CPU, over the fastest way to run the dense model with fused attention.",
             *(f"Quality: {study.circumstances}." for study in studies[:1]),
             f"A plan counts as at 75 % when it realises that within {100 * SPARSITY_TOLERANCE:.0f} points. Intervals "
             "are 95 %, paired by window or article; the verdict goes by the mean.",
@@ -130,8 +130,11 @@ def _speed_outcome(cell: SpeedCell, aim: SpeedAim) -> list[str]:
         return [NOT_RUN, MISSING, _ELSEWHERE if elsewhere else NOT_RUN]
     bound = f", Amdahl {ratio(row['bound'])}" if row.get("bound") is not None else ""
     at = f"{percent(row['realised_sparsity'])}, {row.get('kernel') or 'kernel unknown'}, {cell.device}{bound}"
-    verdict = "met" if row["speedup_over_dense"] >= aim.target else "missed"
-    return [ratio(row["speedup_over_dense"]), at, verdict]
+    speedup = row.get("speedup_over_fused", row["speedup_over_dense"])
+    if speedup != row["speedup_over_dense"]:
+        at += f"; {ratio(row['speedup_over_dense'])} over the dense model's attention as plain products"
+    verdict = "met" if speedup >= aim.target else "missed"
+    return [ratio(speedup), at, verdict]
 
 
 def _quality_outcome(study: LanguageStudy, aim: QualityAim, context: int) -> list[str]:

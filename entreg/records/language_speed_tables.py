@@ -91,7 +91,8 @@ def speed_cells(records: Iterable[Mapping[str, Any]], phase: str | None = None) 
 
 _COSTS = (
     "Whole forward passes, everything counted: selection, gathers, cache. Medians of interleaved rounds in one "
-    "process; speed-up is over the dense model with torch's fused attention (SDPA) in the same rounds."
+    "process; speed-up is over the row dense, the fastest of all ways to run the dense model (fused attention, plain "
+    "products, every kind of cache) in the same rounds."
 )
 _SHARES = (
     "Selection: choosing the keys, measured alone, over the plan's time. Attention's share: of the dense time. "

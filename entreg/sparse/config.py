@@ -238,7 +238,8 @@ class DecoderSparsity:
         block_size: queries and keys per block, at least 1.
         pool_size: consecutive tokens of which a selection sees the mean; divides ``block_size``.
         num_sampled_queries: of ``sampled``, per query block, at least 1 and at most ``block_size``.
-        group_reduction: what counts of sampled attention of the heads that share a key head: its ``mean`` or ``max``.
+        group_reduction: what counts of the attention, to sampled keys or to pages, of the heads that share a key
+            head: its ``mean`` or ``max``.
         diagonal_radius: estimates of ``sampled`` are shared with as many neighbours along the diagonal, at least 0;
             weights fall linearly. Relative positions make attention alike along diagonals, so few queries say much
             about those beside them.
@@ -272,9 +273,9 @@ class DecoderSparsity:
     validation_radius: int = 8
     validation_margin: float = 0.9
     local_blocks: int = 0
-    dense_tail_blocks: int = 1
+    dense_tail_blocks: int = 2
     budget: str = "uniform"
-    page_size: int = 64
+    page_size: int = 16
     decode_sparsity: float | None = None
     layers: tuple[int, ...] | None = None
     backend: str = "gather"

@@ -180,7 +180,8 @@ def _page_plan(
         logits = q.reshape(len(q), key_heads, -1, q.shape[3]) @ summaries.update(k).transpose(-1, -2)
         factor = q.shape[3] ** -0.5 if scale is None else scale
         # The incomplete page, if there is one, is the query's own and kept whatever it scores.
-        mass = torch.softmax(logits.float() * factor, dim=-1).mean(2, keepdim=True)
+        mass = torch.softmax(logits.float() * factor, dim=-1)
+        mass = mass.mean(2, keepdim=True) if sparsity.group_reduction == "mean" else mass.amax(2, keepdim=True)
         scores = torch.nn.functional.pad(mass, (0, total - complete))
     visible = torch.ones(1, total, dtype=torch.bool, device=q.device)
     if mask is not None:

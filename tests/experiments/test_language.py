@@ -143,7 +143,7 @@ def test_smoke_runs_are_found_again_and_forced(tmp_path):
             # Noise knows nothing: about as bad as chance among 384 tokens.
             assert row["loss"] == pytest.approx(np.log(384), rel=0.05)
             assert len(row["loss_per_item"]) == 1
-    sparse = [row for row in rows if row["plan"] == "pooled_16"]
+    sparse = [row for row in rows if row["plan"] == "pooled_32"]
     assert len(sparse) == 5
     for row in sparse:
         assert row["realised_sparsity"] == pytest.approx(0.75, abs=0.05)
@@ -177,7 +177,7 @@ def test_methods_train_and_are_evaluated(adaptation, tmp_path):
         *TRAINED,
         # Long enough for blocks of 16 to leave something out.
         "training.context=512",
-        "study.methods.loop=['sparsity=decoder_75','sparsity.selection=pooled','sparsity.block_size=16']",
+        "study.methods.loop=['sparsity=decoder_75','+sparsity.selection=pooled','+sparsity.block_size=16']",
         "trainer.learning_rate=0.01",
         "evaluation.effective_support=null",
         "evaluation.tasks.copy=null",

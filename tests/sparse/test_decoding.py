@@ -351,7 +351,7 @@ def test_kept_summaries_change_nothing():
 
 def test_decoding_reads_the_pages_of_highest_estimated_mass():
     q, k, v = random_inputs(heads=4, key_heads=2, n=1, m=100)
-    _, plan = decoder_attention(q, k, v, small(sparsity=0.9, decode_sparsity=0.5))
+    _, plan = decoder_attention(q, k, v, plain(sparsity=0.9, decode_sparsity=0.5))
     means = torch.stack([k[:, :, 8 * p : 8 * p + 8].mean(2) for p in range(12)], 2).repeat_interleave(2, 1)
     mass = torch.softmax((q * means).sum(-1) * q.shape[-1] ** -0.5, -1).unflatten(1, (2, 2)).mean(2)
     # 50 entries, 12 for the summaries: 4 pages of 8, among them the first and the two newest.
