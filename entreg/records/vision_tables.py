@@ -55,8 +55,17 @@ def main_study(records: Sequence[Mapping[str, Any]]) -> VisionStudy | None:
     return VisionStudy(groups[max(groups)]) if groups else None
 
 
-def settings_table(plan: str, records: Sequence[Mapping[str, Any]]) -> Table | None:
-    """Every method under one plan: dense and sparse accuracy, what sparsity costs, and ours against it."""
+def settings_table(
+    plan: str, records: Sequence[Mapping[str, Any]], *, name: str | None = None, title: str = ""
+) -> Table | None:
+    """Every method under one plan: dense and sparse accuracy, what sparsity costs, and ours against it.
+
+    Args:
+        plan: one of :data:`SETTINGS`.
+        records: of one or more experiments; those of the main study count.
+        name: of the table; None: ``vision-setting-`` and the letter.
+        title: of the table, before what the setting is.
+    """
     study = main_study(records)
     if study is None:
         return None
@@ -71,10 +80,9 @@ def settings_table(plan: str, records: Sequence[Mapping[str, Any]]) -> Table | N
         dense = accuracy(study, method, "dense")
         lost = statistics.fmean(dense_plain) - sparse.mean if dense_plain else None
         against = advantage(study, ours, method, plan) if ours and method != ours else None
-        name = f"**{label(method)}**" if method == ours else label(method)
         rows.append(
             [
-                name,
+                f"**{label(method)}**" if method == ours else label(method),
                 points(dense),
                 points(sparse),
                 MISSING if lost is None else number(100 * lost),
@@ -93,8 +101,8 @@ def settings_table(plan: str, records: Sequence[Mapping[str, Any]]) -> Table | N
     )
     kept = f"{settings['keep']} patch tokens" if settings.get("keep") is not None else "fewer patch tokens"
     return Table(
-        f"vision-setting-{SETTINGS[plan].lower()}",
-        f"Setting {SETTINGS[plan]}: {kept} from layer {settings['before_layer']} on, "
+        name or f"vision-setting-{SETTINGS[plan].lower()}",
+        f"{title}Setting {SETTINGS[plan]}: {kept} from layer {settings['before_layer']} on, "
         f"{100 * row['sparsity']:.1f} % sparsity",
         ["method", "dense", "sparse", "lost", "tokens are, by score", "ours − method", "seeds"],
         rows,
