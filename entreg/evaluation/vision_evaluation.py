@@ -194,7 +194,8 @@ def _accuracy_row(
             return
         if own_budgets:
             budgets.append(kept_per_image(handle, model.num_prefix_tokens))
-        if "masks" not in batch:
+        # Overlaps of different numbers of patches have no common best possible value.
+        if own_budgets or "masks" not in batch:
             return
         selection = handle.selections[0]
         patches = selection.scores.shape[1] - model.num_prefix_tokens

@@ -45,7 +45,7 @@ class Images:
         return len(self.images)
 
     def __getitem__(self, index):
-        return {"images": self.images[index], "labels": self.labels[index]}
+        return {"images": self.images[index], "labels": self.labels[index], "masks": self.images[index][0] > 0}
 
 
 def test_sparsity_of_a_budget_is_that_of_the_equal_budget_for_all(model):
