@@ -17,6 +17,10 @@ LABELS = {
     "rate_distortion": "ball entropy with distortion",
     "l1_logits": "L1 on logits",
     "l1_gate": "L1 gate",
+    "loop": "dropping, sparse in training",
+    "ours": "ours",
+    "ours_strong": "ours, strong penalty",
+    "ours_sparse": "ours, partition in training",
 }
 
 L1_METHODS = ("l1_logits", "l1_gate")
@@ -130,9 +134,9 @@ class VisionStudy:
         """Mean corruption error of a method, ``plan`` dense or sparse, one value per seed."""
         return list(self._corruption_errors_by_seed(method, plan).values())
 
-    def corruption_error_pairs(self, first: str, second: str) -> tuple[list[float], list[float]]:
-        """Dense mean corruption errors of two methods, seed by seed, of the seeds that both have."""
-        return _shared(*(self._corruption_errors_by_seed(method, "dense") for method in (first, second)))
+    def corruption_error_pairs(self, first: str, second: str, plan: str = "dense") -> tuple[list[float], list[float]]:
+        """Mean corruption errors of two methods, dense or sparse, seed by seed, of the seeds that both have."""
+        return _shared(*(self._corruption_errors_by_seed(method, plan) for method in (first, second)))
 
     def errors_by_corruption(self, method: str) -> dict[str, float]:
         """Dense error per corruption, mean over severities and seeds."""

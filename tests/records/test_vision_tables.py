@@ -113,6 +113,9 @@ def test_mean_corruption_errors_and_who_is_better(cifar):
     assert rows["plain"]["method − ours"] == "2.00 [2.00, 2.00]"
     assert rows["ball entropy, as published"]["method − ours"] == "-3.00 [-3.00, -3.00]"
     assert rows["plain"]["clean accuracy"].startswith("90.0")
+    assert rows["**ours**"]["plain − method, at 80 %"] == "5.00 [5.00, 5.00]"
+    assert rows["ball entropy, as published"]["plain − method, at 80 %"] == "-5.00 [-5.00, -5.00]"
+    assert rows["plain"]["plain − method, at 80 %"] == rows["**ours**"]["method − ours"] == "–"
 
 
 def test_incomplete_corruption_errors_make_no_row(cifar):
