@@ -95,6 +95,28 @@ class VisionStudy:
         found = self._by_seed(method, plan, field, level, split)
         return [value for seed, value in found.items() if seeds is None or seed in seeds]
 
+    def values_of_choice(
+        self,
+        method: str,
+        plan: str,
+        choice: tuple[str | None, str | None],
+        field: str = "top1",
+        *,
+        level: float | None = None,
+        split: str = "test",
+    ) -> list[float]:
+        """A field of a method under a plan with a given reduction and score, one value per seed that has it."""
+        return [
+            row[field]
+            for _, row in self._rows(method, self.seeds(method), split, plan, level)
+            if (row.get("reduction"), row["score"]) == choice
+        ]
+
+    def choices(self, method: str, plan: str, level: float | None = None) -> list[tuple[str | None, str | None]]:
+        """Pairs of reduction and selection score with which a method was tested under a plan, in order."""
+        rows = self._rows(method, self.seeds(method), "test", plan, level)
+        return list(dict.fromkeys((row.get("reduction"), row["score"]) for _, row in rows))
+
     def pairs(
         self, first: str, second: str, plan: str, *, level: float | None = None
     ) -> tuple[list[float], list[float]]:
