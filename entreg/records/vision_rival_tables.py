@@ -38,10 +38,10 @@ def merging(records: list[dict[str, Any]]) -> Table | None:
     if study is None:
         return None
     plans = [plan for plan in _plans(study) if plan.startswith("merging")]
-    pairs = [(method, plan) for plan in plans for method in study.methods if study.values(method, plan)]
+    pairs = [(method, plan) for plan in plans for method in ("plain", "merging_a") if study.values(method, plan)]
     if not pairs:
         return None
-    pairs += [(method, EQUAL) for method in ("plain", "ours_a") if study.values(method, EQUAL)]
+    pairs += [(method, EQUAL) for method in ("plain", "loop_a", "ours_a") if study.values(method, EQUAL)]
     rows = []
     for method, plan in pairs:
         sparsity = statistics.fmean(study.values(method, plan, "sparsity"))

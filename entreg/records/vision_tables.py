@@ -93,24 +93,25 @@ def settings_table(
         )
     if not rows:
         return None
-    settings, row = next(
-        (record["config"]["evaluation"]["plans"][plan], row)
+    settings = next(
+        found
         for record in study.records.values()
-        for row in record["rows"]
-        if row["plan"] == plan
+        if (found := record["config"]["evaluation"]["plans"].get(plan)) is not None
     )
+    found = [row["sparsity"] for record in study.records.values() for row in record["rows"] if row["plan"] == plan]
+    # Scores that look at fewer rows save more.
+    sparsity = " to ".join(dict.fromkeys(f"{100 * value:.1f}" for value in (min(found), max(found))))
     kept = f"{settings['keep']} patch tokens" if settings.get("keep") is not None else "fewer patch tokens"
     return Table(
         name or f"vision-setting-{SETTINGS[plan].lower()}",
-        f"{title}Setting {SETTINGS[plan]}: {kept} from layer {settings['before_layer']} on, "
-        f"{100 * row['sparsity']:.1f} % sparsity",
+        f"{title}Setting {SETTINGS[plan]}: {kept} from layer {settings['before_layer']} on, {sparsity} % sparsity",
         ["method", "dense", "sparse", "lost", "tokens are, by score", "ours − method", "seeds"],
         rows,
         notes=[
             "Test accuracy per answer in per cent, mean over seeds with 95 % interval; lost: points below the plain "
             "model's dense accuracy. How tokens are reduced and ranked is each method's best on validation; "
             "differences are paired by seed. All methods start from the same dense model and take the same number of "
-            "further steps.",
+            "further steps. The sparsity depends on the score: what is computed only for the choice counts.",
         ],
         align="lrrrlrr",
         record_ids=study.record_ids,

@@ -39,6 +39,12 @@ def test_setting_table_holds_the_numbers_and_the_loser():
     assert {row["seeds"] for row in rows.values()} == {"2"}
 
 
+def test_the_title_says_between_which_sparsities_the_scores_are():
+    records = study_records()
+    records[0]["rows"].append(accuracies("setting_a", "test", 0.5) | {"score": "prefix", "sparsity": 0.817})
+    assert setting_a(records).title.endswith("80.0 to 81.7 % sparsity")
+
+
 def test_methods_of_the_other_setting_have_no_row():
     records = [*study_records(), vision_record("loop_b", 0, rows_of(0.9, 0.9))]
     assert "loop b" not in by_method(setting_a(records))
