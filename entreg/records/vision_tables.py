@@ -228,7 +228,10 @@ def sensitivity(records: list[dict[str, Any]]) -> Table | None:
         "Sensitivity to the settings of what is regularised and of our plan, one factor at a time",
         ["variant", "dense", "setting A", "tokens are, by score", "seeds"],
         rows,
-        notes=["Validation accuracy per answer in per cent after 100 further steps; names say what differs."],
+        notes=[
+            "Validation accuracy per answer in per cent after 100 further steps; names say what differs while training. "
+            "All are tested by one plan, with the mixed score: what was trained with another score meets it unprepared."
+        ],
         align="lrrlr",
         record_ids=study.record_ids,
     )
