@@ -229,7 +229,7 @@ def sensitivity(records: list[dict[str, Any]]) -> Table | None:
         ["variant", "dense", "setting A", "tokens are, by score", "seeds"],
         rows,
         notes=[
-            "Validation accuracy per answer in per cent after 100 further steps; names say what differs while training. "
+            "Validation accuracy per answer in per cent after 100 further steps; names say what differs in training. "
             "All are tested by one plan, with the mixed score: what was trained with another score meets it unprepared."
         ],
         align="lrrlr",
