@@ -96,6 +96,8 @@ endif
 study-vit: $(STAMP) ## all methods and seeds of the ViT experiment, its sensitivity and speed: the reference records
 	$(BIN)/python scripts/vision.py experiment=vit/digit_scenes profile=offline study.seeds=[0,1,2,3,4] store=results/runs
 	$(BIN)/python scripts/vision.py experiment=vit/sensitivity profile=offline store=results/runs
+	$(BIN)/python scripts/vision.py experiment=vit/token_rivals profile=offline store=results/runs
+	$(BIN)/python scripts/vision.py experiment=vit/equal_sparsity profile=offline store=results/runs
 	$(BIN)/python scripts/vision.py experiment=vit/overlays profile=offline store=results/runs
 	$(BIN)/python scripts/benchmark.py benchmark=vision_speed profile=offline store=results/runs
 	$(BIN)/python scripts/benchmark.py benchmark=training_cost profile=offline store=results/runs

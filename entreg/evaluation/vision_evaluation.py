@@ -15,10 +15,11 @@ from entreg.data.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES
 from entreg.data.vision_sets import vision_dataset
 from entreg.errors import ConfigError
 from entreg.evaluation.classification import PRECISIONS, evaluate
+from entreg.evaluation.entropy_budgets import describe_budgets, kept_per_image, match_sparsity
 from entreg.evaluation.localisation import Overlap, kept_patches, localise, overlap, patch_masks
 from entreg.evaluation.robustness import CorruptionErrors
 from entreg.evaluation.vision_overlays import overlays
-from entreg.sparse import selection_scores, sparsity_from_mapping
+from entreg.sparse import Sparsity, TokenSparsity, selection_scores, sparsity_from_mapping
 
 Row = dict[str, Any]
 
@@ -30,7 +31,8 @@ def expand_plans(plans: Mapping[str, Mapping[str, Any]]) -> list[tuple[Row, dict
 
     Args:
         plans: name to a sparsity as in ``configs/sparsity``; ``levels``, a list of sparsities, ``reductions`` and
-            ``scores``, lists of those, stand for one plan each. None in place of a sparsity leaves the plan out.
+            ``scores``, lists of those, stand for one plan each. With an ``entropy_budget`` a level is the mean sparsity
+            to which its multiplier is fitted on validation images. None in place of a sparsity leaves the plan out.
 
     Returns:
         For each plan the fields that name it in a record's row (``plan``, ``level``, ``reduction``, ``score``) and its
@@ -48,7 +50,9 @@ def expand_plans(plans: Mapping[str, Mapping[str, Any]]) -> list[tuple[Row, dict
         }
         for chosen in itertools.product(*choices.values()):
             names = dict(zip(choices, chosen, strict=True))
-            given = {"sparsity": names["level"], "reduction": names["reduction"], "score": names["score"]}
+            given = {"reduction": names["reduction"], "score": names["score"]}
+            if "entropy_budget" not in plain:
+                given["sparsity"] = names["level"]
             mapping = {**plain, **{key: value for key, value in given.items() if value is not None}}
             expanded.append(({"plan": name, **names}, mapping))
     return expanded
@@ -63,7 +67,10 @@ def check_evaluation(config: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: an impossible plan, precision, batch size, limit or severity.
     """
-    mappings = [mapping for _, mapping in expand_plans(config["plans"])]
+    plans = expand_plans(config["plans"])
+    if "validation" not in config["splits"] and any(_is_matched(*plan) for plan in plans):
+        raise ConfigError("levels of an entropy_budget are fitted on the split validation; add it to evaluation.splits")
+    mappings = [mapping for _, mapping in plans]
     robustness = config["robustness"]
     if robustness is not None:
         mappings.append(robustness["sparsity"])
@@ -134,12 +141,15 @@ def evaluate_everything(
         ``corrupted_error_...``, the mean over those of the 15 that were measured.
     """
     rows: list[Row] = []
+    plans = [
+        (names, _matched(model, datasets, config, names, mapping))
+        for names, mapping in expand_plans(config["plans"])
+        if names["score"] != "gate" or _has_gate(gate, mapping)
+    ]
     for split in config["splits"]:
         rows.append(_accuracy_row(model, datasets[split], config, {"plan": "dense", **_NO_CHOICE}))
-        for names, mapping in expand_plans(config["plans"]):
-            if names["score"] == "gate" and not _has_gate(gate, mapping):
-                continue
-            rows.append(_accuracy_row(model, datasets[split], config, names, mapping, gate))
+        for names, plan in plans:
+            rows.append(_accuracy_row(model, datasets[split], config, names, plan, gate))
         if config["localisation"] is not None:
             rows += _localisation_rows(model, datasets[split], config)
         for row in rows:
@@ -167,18 +177,25 @@ def _accuracy_row(
     dataset: Any,
     config: Mapping[str, Any],
     names: Mapping[str, Any],
-    mapping: Mapping[str, Any] | None = None,
+    plan: Sparsity | None = None,
     gate: nn.Module | None = None,
 ) -> Row:
     """Accuracy of the model under one plan, what sparsity that was, and how the kept tokens overlap with the mask."""
     handle = None
-    if mapping is not None:
+    if plan is not None:
         generator = torch.Generator().manual_seed(0)
-        handle = sparsify(model, sparsity_from_mapping(mapping), record=True, generator=generator, gate=gate)
+        handle = sparsify(model, plan, record=True, generator=generator, gate=gate)
     overlaps: list[Overlap] = []
+    budgets: list[Tensor] = []
+    own_budgets = isinstance(plan, TokenSparsity) and plan.entropy_budget is not None
 
     def observe(batch: Mapping[str, Tensor]) -> None:
-        if handle is None or "masks" not in batch or mapping["kind"] != "tokens" or not handle.selections:
+        if not isinstance(plan, TokenSparsity) or not handle.selections:
+            return
+        if own_budgets:
+            budgets.append(kept_per_image(handle, model.num_prefix_tokens))
+        # Overlaps of different numbers of patches have no common best possible value.
+        if own_budgets or "masks" not in batch:
             return
         selection = handle.selections[0]
         patches = selection.scores.shape[1] - model.num_prefix_tokens
@@ -193,6 +210,11 @@ def _accuracy_row(
         if handle is not None:
             handle.remove()
     row = {**names, "sparsity": sparsity, **result.metrics()}
+    if own_budgets:
+        tokens = model.num_prefix_tokens + model.patch_embed.num_patches
+        row |= describe_budgets(
+            torch.cat(budgets), plan, num_tokens=tokens, depth=len(model.blocks), num_prefix=model.num_prefix_tokens
+        )
     if overlaps:
         row |= {f"kept_{key}": value for key, value in _mean_overlap(overlaps).items()}
     return row
@@ -285,6 +307,24 @@ def _robustness(
 
 def _corruptions(config: Mapping[str, Any]) -> tuple[str, ...]:
     return (*CORRUPTIONS, *(EXTRA_CORRUPTIONS if config["robustness"]["extra"] else ()))
+
+
+def _is_matched(names: Mapping[str, Any], mapping: Mapping[str, Any]) -> bool:
+    return "entropy_budget" in mapping and names["level"] is not None
+
+
+def _matched(
+    model: nn.Module,
+    datasets: Mapping[str, Any],
+    config: Mapping[str, Any],
+    names: Mapping[str, Any],
+    mapping: Mapping[str, Any],
+) -> Sparsity | None:
+    """The plan of a mapping, an entropy budget that has a level fitted to it."""
+    plan = sparsity_from_mapping(mapping)
+    if not _is_matched(names, mapping):
+        return plan
+    return match_sparsity(model, datasets["validation"], plan, names["level"], **_loader(config))
 
 
 def _has_gate(gate: nn.Module | None, mapping: Mapping[str, Any]) -> bool:

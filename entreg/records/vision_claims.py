@@ -124,6 +124,11 @@ def corruption_error(records: Records) -> Evidence | None:
         f"mCE {errors[0]} against {errors[1]} per cent of the plain model, {len(own)} seeds; clean accuracy {clean[0]} "
         f"against {clean[1]}"
     )
+    others = [name for name in study.methods if name not in (ours, "plain") and study.corruption_errors(name, "dense")]
+    if others:
+        means = {name: statistics.fmean(study.corruption_errors(name, "dense")) for name in others}
+        best = min(means, key=means.get)
+        reason += f"; lowest of the other methods: {label(best)}, {number(100 * means[best])}"
     return _evidence(study, records, gain, "points", reason)
 
 

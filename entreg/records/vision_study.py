@@ -17,6 +17,10 @@ LABELS = {
     "rate_distortion": "ball entropy with distortion",
     "l1_logits": "L1 on logits",
     "l1_gate": "L1 gate",
+    "loop": "dropping, sparse in training",
+    "ours": "ours",
+    "ours_strong": "ours, strong penalty",
+    "ours_sparse": "ours, partition in training",
 }
 
 L1_METHODS = ("l1_logits", "l1_gate")
@@ -91,6 +95,28 @@ class VisionStudy:
         found = self._by_seed(method, plan, field, level, split)
         return [value for seed, value in found.items() if seeds is None or seed in seeds]
 
+    def values_of_choice(
+        self,
+        method: str,
+        plan: str,
+        choice: tuple[str | None, str | None],
+        field: str = "top1",
+        *,
+        level: float | None = None,
+        split: str = "test",
+    ) -> list[float]:
+        """A field of a method under a plan with a given reduction and score, one value per seed that has it."""
+        return [
+            row[field]
+            for _, row in self._rows(method, self.seeds(method), split, plan, level)
+            if (row.get("reduction"), row["score"]) == choice
+        ]
+
+    def choices(self, method: str, plan: str, level: float | None = None) -> list[tuple[str | None, str | None]]:
+        """Pairs of reduction and selection score with which a method was tested under a plan, in order."""
+        rows = self._rows(method, self.seeds(method), "test", plan, level)
+        return list(dict.fromkeys((row.get("reduction"), row["score"]) for _, row in rows))
+
     def pairs(
         self, first: str, second: str, plan: str, *, level: float | None = None
     ) -> tuple[list[float], list[float]]:
@@ -130,9 +156,9 @@ class VisionStudy:
         """Mean corruption error of a method, ``plan`` dense or sparse, one value per seed."""
         return list(self._corruption_errors_by_seed(method, plan).values())
 
-    def corruption_error_pairs(self, first: str, second: str) -> tuple[list[float], list[float]]:
-        """Dense mean corruption errors of two methods, seed by seed, of the seeds that both have."""
-        return _shared(*(self._corruption_errors_by_seed(method, "dense") for method in (first, second)))
+    def corruption_error_pairs(self, first: str, second: str, plan: str = "dense") -> tuple[list[float], list[float]]:
+        """Mean corruption errors of two methods, dense or sparse, seed by seed, of the seeds that both have."""
+        return _shared(*(self._corruption_errors_by_seed(method, plan) for method in (first, second)))
 
     def errors_by_corruption(self, method: str) -> dict[str, float]:
         """Dense error per corruption, mean over severities and seeds."""

@@ -55,8 +55,17 @@ def main_study(records: Sequence[Mapping[str, Any]]) -> VisionStudy | None:
     return VisionStudy(groups[max(groups)]) if groups else None
 
 
-def settings_table(plan: str, records: Sequence[Mapping[str, Any]]) -> Table | None:
-    """Every method under one plan: dense and sparse accuracy, what sparsity costs, and ours against it."""
+def settings_table(
+    plan: str, records: Sequence[Mapping[str, Any]], *, name: str | None = None, title: str = ""
+) -> Table | None:
+    """Every method under one plan: dense and sparse accuracy, what sparsity costs, and ours against it.
+
+    Args:
+        plan: one of :data:`SETTINGS`.
+        records: of one or more experiments; those of the main study count.
+        name: of the table; None: ``vision-setting-`` and the letter.
+        title: of the table, before what the setting is.
+    """
     study = main_study(records)
     if study is None:
         return None
@@ -71,10 +80,9 @@ def settings_table(plan: str, records: Sequence[Mapping[str, Any]]) -> Table | N
         dense = accuracy(study, method, "dense")
         lost = statistics.fmean(dense_plain) - sparse.mean if dense_plain else None
         against = advantage(study, ours, method, plan) if ours and method != ours else None
-        name = f"**{label(method)}**" if method == ours else label(method)
         rows.append(
             [
-                name,
+                f"**{label(method)}**" if method == ours else label(method),
                 points(dense),
                 points(sparse),
                 MISSING if lost is None else number(100 * lost),
@@ -85,24 +93,25 @@ def settings_table(plan: str, records: Sequence[Mapping[str, Any]]) -> Table | N
         )
     if not rows:
         return None
-    settings, row = next(
-        (record["config"]["evaluation"]["plans"][plan], row)
+    settings = next(
+        found
         for record in study.records.values()
-        for row in record["rows"]
-        if row["plan"] == plan
+        if (found := record["config"]["evaluation"]["plans"].get(plan)) is not None
     )
+    found = [row["sparsity"] for record in study.records.values() for row in record["rows"] if row["plan"] == plan]
+    # Scores that look at fewer rows save more.
+    sparsity = " to ".join(dict.fromkeys(f"{100 * value:.1f}" for value in (min(found), max(found))))
     kept = f"{settings['keep']} patch tokens" if settings.get("keep") is not None else "fewer patch tokens"
     return Table(
-        f"vision-setting-{SETTINGS[plan].lower()}",
-        f"Setting {SETTINGS[plan]}: {kept} from layer {settings['before_layer']} on, "
-        f"{100 * row['sparsity']:.1f} % sparsity",
+        name or f"vision-setting-{SETTINGS[plan].lower()}",
+        f"{title}Setting {SETTINGS[plan]}: {kept} from layer {settings['before_layer']} on, {sparsity} % sparsity",
         ["method", "dense", "sparse", "lost", "tokens are, by score", "ours − method", "seeds"],
         rows,
         notes=[
             "Test accuracy per answer in per cent, mean over seeds with 95 % interval; lost: points below the plain "
             "model's dense accuracy. How tokens are reduced and ranked is each method's best on validation; "
             "differences are paired by seed. All methods start from the same dense model and take the same number of "
-            "further steps.",
+            "further steps. The sparsity depends on the score: what is computed only for the choice counts.",
         ],
         align="lrrrlrr",
         record_ids=study.record_ids,
@@ -219,7 +228,10 @@ def sensitivity(records: list[dict[str, Any]]) -> Table | None:
         "Sensitivity to the settings of what is regularised and of our plan, one factor at a time",
         ["variant", "dense", "setting A", "tokens are, by score", "seeds"],
         rows,
-        notes=["Validation accuracy per answer in per cent after 100 further steps; names say what differs."],
+        notes=[
+            "Validation accuracy per answer in per cent after 100 further steps; names say what differs in training. "
+            "All are tested by one plan, with the mixed score: what was trained with another score meets it unprepared."
+        ],
         align="lrrlr",
         record_ids=study.record_ids,
     )
@@ -238,25 +250,39 @@ def mce(records: list[dict[str, Any]]) -> Table | None:
         if not errors["dense"]:
             continue
         cells = [points(mean_and_interval(values)) if values else MISSING for values in errors.values()]
-        against = MISSING
-        if ours and method != ours:
-            theirs, own = study.corruption_error_pairs(method, ours)
-            against = points(paired_difference(theirs, own)) if own else MISSING
+        against = _corruption_difference(study, method, ours, "dense") if ours and method != ours else MISSING
+        gain = _corruption_difference(study, "plain", method, "sparse") if method != "plain" else MISSING
         name = f"**{label(method)}**" if method == ours else label(method)
-        rows.append([name, points(accuracy(study, method, "dense")), *cells, against, len(study.seeds(method))])
+        clean = points(accuracy(study, method, "dense"))
+        rows.append([name, clean, cells[0], against, cells[1], gain, len(study.seeds(method))])
     if not rows:
         return None
     return Table(
         "cifar-mce",
         "Mean corruption error",
-        ["method", "clean accuracy", "mCE dense", "mCE at 80 % sparsity", "method − ours", "seeds"],
+        [
+            "method",
+            "clean accuracy",
+            "mCE dense",
+            "method − ours",
+            "mCE at 80 % sparsity",
+            "plain − method, at 80 %",
+            "seeds",
+        ],
         rows,
         notes=[
             "Per cent; mCE is the plain mean of the error over 15 corruptions and 5 severities, lower is better. Mean "
-            "over seeds with 95 % interval; differences of the dense mCE are paired by seed.",
+            "over seeds with 95 % interval; differences are paired by seed. At 80 % sparsity tokens are "
+            "dropped before the first layer; what was trained with a partition is tested with it.",
         ],
         record_ids=study.record_ids,
     )
+
+
+def _corruption_difference(study: VisionStudy, first: str, second: str, plan: str) -> str:
+    """Mean corruption error of the first method minus the second's, paired by seed."""
+    pairs = study.corruption_error_pairs(first, second, plan)
+    return points(paired_difference(*pairs)) if pairs[0] else MISSING
 
 
 @register_table("cifar-corruptions", experiments=("cifar/",))

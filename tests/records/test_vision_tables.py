@@ -39,6 +39,12 @@ def test_setting_table_holds_the_numbers_and_the_loser():
     assert {row["seeds"] for row in rows.values()} == {"2"}
 
 
+def test_the_title_says_between_which_sparsities_the_scores_are():
+    records = study_records()
+    records[0]["rows"].append(accuracies("setting_a", "test", 0.5) | {"score": "prefix", "sparsity": 0.817})
+    assert setting_a(records).title.endswith("80.0 to 81.7 % sparsity")
+
+
 def test_methods_of_the_other_setting_have_no_row():
     records = [*study_records(), vision_record("loop_b", 0, rows_of(0.9, 0.9))]
     assert "loop b" not in by_method(setting_a(records))
@@ -113,6 +119,9 @@ def test_mean_corruption_errors_and_who_is_better(cifar):
     assert rows["plain"]["method − ours"] == "2.00 [2.00, 2.00]"
     assert rows["ball entropy, as published"]["method − ours"] == "-3.00 [-3.00, -3.00]"
     assert rows["plain"]["clean accuracy"].startswith("90.0")
+    assert rows["**ours**"]["plain − method, at 80 %"] == "5.00 [5.00, 5.00]"
+    assert rows["ball entropy, as published"]["plain − method, at 80 %"] == "-5.00 [-5.00, -5.00]"
+    assert rows["plain"]["plain − method, at 80 %"] == rows["**ours**"]["method − ours"] == "–"
 
 
 def test_incomplete_corruption_errors_make_no_row(cifar):
