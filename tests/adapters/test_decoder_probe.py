@@ -9,7 +9,7 @@ from entreg.errors import InputError
 from entreg.sparse import DecoderSparsity
 from tests.adapters.small_decoders import DEPTH, FAMILIES, HEADS, WINDOW, padding, small_decoder, tokens, transformers
 
-SPARSE = DecoderSparsity(sparsity=0.4, block_size=4, pool_size=4, page_size=4)
+SPARSE = DecoderSparsity(sparsity=0.4, selection="pooled", block_size=4, pool_size=4, dense_tail_blocks=0, page_size=4)
 
 
 def rotated(x, theta=10000.0):

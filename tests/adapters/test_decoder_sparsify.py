@@ -12,7 +12,7 @@ from entreg.errors import ConfigError, InputError
 from entreg.sparse import ColumnSparsity, DecoderSparsity
 from tests.adapters.small_decoders import DEPTH, FAMILIES, VOCABULARY, padding, small_decoder, tokens, transformers
 
-SPARSE = DecoderSparsity(sparsity=0.4, block_size=4, pool_size=4, page_size=4)
+SPARSE = DecoderSparsity(sparsity=0.4, selection="pooled", block_size=4, pool_size=4, dense_tail_blocks=0, page_size=4)
 
 
 def in_chunks(model, x, cache, sizes, mask=None):
@@ -73,7 +73,13 @@ def test_prompts_and_steps_can_each_be_dense():
         with sparsify(
             model,
             DecoderSparsity(
-                sparsity=prompt_sparsity, decode_sparsity=step_sparsity, block_size=4, pool_size=4, page_size=4
+                sparsity=prompt_sparsity,
+                selection="pooled",
+                decode_sparsity=step_sparsity,
+                block_size=4,
+                pool_size=4,
+                dense_tail_blocks=0,
+                page_size=4,
             ),
         ):
             assert torch.equal(model(x[:, :39], past_key_values=cache).logits, prompt) == (prompt_sparsity == 0)
@@ -364,9 +370,13 @@ def test_works_inside_a_peft_model():
     assert torch.equal(adapted(x).logits, wanted)
 
 
-def test_works_under_accelerate():
+def test_works_under_accelerate(request):
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    # The state is the process's own: another precision, before or after this test, would be refused.
+    AcceleratorState._reset_state(True)
+    request.addfinalizer(lambda: AcceleratorState._reset_state(True))
     model, x = small_decoder(), tokens()
     prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
     wanted = prepared(x).logits

@@ -42,7 +42,9 @@ def test_beams_and_padding_too(options):
 
 def test_the_sparse_path_reads_it_like_any_other_cache():
     model = small_decoder()
-    sparsity = DecoderSparsity(sparsity=0.3, block_size=8, pool_size=8, page_size=8)
+    sparsity = DecoderSparsity(
+        sparsity=0.3, selection="pooled", block_size=8, pool_size=8, dense_tail_blocks=0, page_size=8
+    )
     with sparsify(model, sparsity):
         assert_equal(generated(model, GrowingCache(model.config)), generated(model, DynamicCache(config=model.config)))
 

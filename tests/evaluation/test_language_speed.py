@@ -36,7 +36,14 @@ OPTIONS = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-SMALL = {"kind": "decoder", "sparsity": 0.75, "block_size": 16, "pool_size": 16, "page_size": 16}
+SMALL = {
+    "kind": "decoder",
+    "sparsity": 0.75,
+    "block_size": 16,
+    "pool_size": 16,
+    "dense_tail_blocks": 0,
+    "page_size": 16,
+}
 MODEL = {
     "source": {"architecture": "smollm2_135m", "options": OPTIONS},
     "plans": {"ours": {**SMALL, "selection": "pooled"}, "other": {**SMALL, "selection": "pooled"}},

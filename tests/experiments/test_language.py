@@ -112,7 +112,7 @@ def test_profiles_leave_out_what_they_say(tmp_path):
     # Where all contexts are longer, the limit itself is the context.
     assert {name: one["contexts"] for name, one in tasks.items()} == {
         "perplexity": [1100],
-        "copy": [1025],
+        "copy": [1100],
         "needle": [1100],
         "summary": [1024],
     }

@@ -358,7 +358,7 @@ def test_entropy_penalty_lowers_the_entropy(tmp_path):
 def test_training_with_the_sparse_path_active_logs_what_it_realises(tmp_path):
     model = prepare_language_training(small_decoder(), {"kind": "full"})
     ids = tokens(8, 64)
-    handle = sparsify(model, DecoderSparsity(sparsity=0.5, block_size=8, pool_size=4), record=True)
+    handle = sparsify(model, DecoderSparsity(0.5, "pooled", 8, 4, dense_tail_blocks=0), record=True)
     objective = LanguageObjective(Penalties({}), sparse=handle)
     settings = TrainingSettings(**{**FAST, "steps": 2})
     result = train(model, objective, TokenWindows(ids), settings, tmp_path, device="cpu")
