@@ -90,9 +90,9 @@ _DENSE_DECODING = {
     "dense_grouped_heads": (GROUPED, "growing"),
     _UNFUSED: (PRODUCTS, "static"),
 }
-# Of the largest logit; kernels that sum in another order differ in the last bits of the dtype in every layer.
-# Of the largest output. On the made-up keys and values of a cache rounding grows from layer to layer: in bfloat16 two
-# fused kernels of torch are 0.2 apart after 30 layers. The check that is sharp is the one in float32.
+# Of the largest logit; kernels that sum in another order differ in the last bits of the dtype in every layer. On the
+# made-up keys and values of a cache that grows from layer to layer: in bfloat16 two fused kernels of torch are 0.2 apart
+# after 30 layers. The check that is sharp is the one in float32.
 _TOLERANCES = {"float32": 1e-3, "bfloat16": 0.6, "float16": 0.1}
 
 # Also where it is installed: with the transformers that it asks for, this package does not work.
