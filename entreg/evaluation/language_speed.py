@@ -90,9 +90,9 @@ _DENSE_DECODING = {
     "dense_grouped_heads": (GROUPED, "growing"),
     _UNFUSED: (PRODUCTS, "static"),
 }
-# Of the largest logit; kernels that sum in another order differ in the last bits of the dtype in every layer.
-# Of the largest output. On the made-up keys and values of a cache rounding grows from layer to layer: in bfloat16 two
-# fused kernels of torch are 0.2 apart after 30 layers. The check that is sharp is the one in float32.
+# Of the largest logit; kernels that sum in another order differ in the last bits of the dtype in every layer. On a
+# cache of made-up keys and values that grows from layer to layer: in bfloat16 two fused kernels of torch are 0.2 apart
+# after 30 layers. The check that is sharp is the one in float32.
 _TOLERANCES = {"float32": 1e-3, "bfloat16": 0.6, "float16": 0.1}
 
 # Also where it is installed: with the transformers that it asks for, this package does not work.
@@ -153,7 +153,7 @@ def run_language_speed(
     command: str,
     force: bool = False,
 ) -> list[Path]:
-    """Measure every model that has no record yet; one record per model, dtype, compilation and set of phases.
+    """Measure every model that has no record yet; one record per model, phase, dtype and compilation.
 
     Args:
         models: name to ``{source, plans, rivals}``: ``source`` is ``{name: ...}`` of
@@ -191,7 +191,8 @@ def run_language_speed(
         {
             "model": name,
             **model,
-            "phases": phases_within(phases, speed.get("max_context"), tokens_per_call),
+            # A record of its own for each, so that one that fails does not take the other with it.
+            "phases": {phase: sizes},
             "dtype": dtype,
             "compilation": compilation,
             "eager_up_to": eager_up_to,
@@ -204,12 +205,13 @@ def run_language_speed(
             "profile": profile["name"],
         }
         for name, model in _checked_models(models, limits).items()
+        for phase, sizes in phases_within(phases, speed.get("max_context"), tokens_per_call).items()
         for dtype in speed.get("dtypes") or dtypes
         for compilation in compilations
     ]
     speed_device(device)
     if not configs:
-        raise ConfigError("the speed benchmark needs a model, a dtype and a compilation")
+        raise ConfigError("the speed benchmark needs a model, a phase, a dtype and a compilation")
     for config in configs:
         if config["dtype"] not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got '{config['dtype']}'")
