@@ -90,10 +90,9 @@ _DENSE_DECODING = {
     "dense_grouped_heads": (GROUPED, "growing"),
     _UNFUSED: (PRODUCTS, "static"),
 }
-# Of the largest logit; kernels that sum in another order differ in the last bits of the dtype in every layer. On a
-# cache of made-up keys and values that grows from layer to layer: in bfloat16 two fused kernels of torch are 0.2 apart
-# after 30 layers. The check that is sharp is the one in float32.
-_TOLERANCES = {"float32": 1e-3, "bfloat16": 0.6, "float16": 0.1}
+# Of the largest output of the first layer's attention. All that follows amplifies rounding: in bfloat16 the logits of
+# two fused kernels of torch, on a cache of made-up keys and values, are 0.2 apart after 30 layers.
+_TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 
 # Also where it is installed: with the transformers that it asks for, this package does not work.
 _KVPRESS = "kvpress 0.5 needs transformers below 5.3; it decodes as dense attention does with a cache of fewer keys"
@@ -407,10 +406,13 @@ def _candidates(
     if not torch.equal(make_step(nothing_left_out, "growing")(), reference):
         raise RuntimeError(f"{cell}: the sparse path at sparsity 0 differs from stock SDPA")
     seen = seen_by_layers(stock, make_step(stock, "growing"))
+    first = _first_attention(stock, make_step(stock, "growing"))
     for method, variant, cache in dense:
-        out, kernel = _recorded(make_step(variant, cache))
-        if (out - reference).abs().max() > _TOLERANCES[config["dtype"]] * reference.abs().max():
-            raise RuntimeError(f"{cell}: the output of '{method}' is not that of stock SDPA")
+        step = make_step(variant, cache)
+        deviation = (_first_attention(variant, step) - first).abs().max()
+        if deviation > _TOLERANCES[config["dtype"]] * first.abs().max():
+            raise RuntimeError(f"{cell}: the attention of '{method}' is not that of stock SDPA")
+        _, kernel = _recorded(make_step(variant, cache))
         if method == "dense_flash_attention_2":
             kernel = "flash-attn"
         yield Candidate(
@@ -489,6 +491,18 @@ def _compiled(
     if config["compilation"] != "none":
         variant = torch.compile(variant, mode=config["compilation"])
     return make_step(variant, cache)
+
+
+def _first_attention(model: nn.Module, step: Step) -> Tensor:
+    """Output of the first layer's attention in the first pass of a call: the same input for all ways to attend."""
+    outputs: list[Tensor] = []
+    layer = next(module for module in model.modules() if getattr(module, "layer_idx", None) == 0)
+    hook = layer.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+    try:
+        step()
+    finally:
+        hook.remove()
+    return outputs[0]
 
 
 def _recorded(step: Step) -> tuple[Tensor, str]:

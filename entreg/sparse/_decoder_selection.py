@@ -239,15 +239,19 @@ def _sampled_scores(
         block = torch.arange(start, end, device=q.device)
         # Blocks that are cut short by the first or last query repeat their nearest row.
         rows = (block[:, None] * block_size + within - query_offset(n, m, block_size, True)).clamp(0, n - 1).flatten()
-        chosen = q.index_select(2, rows).reshape(batch, key_heads, -1, width)
+        chosen = (q.index_select(2, rows) * factor).reshape(batch, key_heads, -1, width)
         logits = (chosen @ k[:, :, :keys].transpose(-1, -2)).view(batch, heads, -1, keys)
-        logits = logits.to(torch.promote_types(q.dtype, torch.float32)) * factor
+        logits = logits.to(torch.promote_types(q.dtype, torch.float32))
+        # All rows of the chunk see the keys before its first block.
+        seen = 0 if mask is not None else min((start + (m - n) // block_size) * block_size, keys)
         if mask is None:
-            allowed = torch.arange(keys, device=q.device) <= (rows + (m - n))[:, None]
+            allowed = torch.arange(seen, keys, device=q.device) <= (rows + (m - n))[:, None]
         else:
             allowed = mask[:, :, :, :keys].index_select(2, rows)
-        mass = torch.softmax(logits.masked_fill(~allowed, torch.finfo(logits.dtype).min), dim=-1)
-        mass = pad(mass, (0, num_blocks(keys, block_size) * block_size - keys))
+        logits[..., seen:].masked_fill_(~allowed, torch.finfo(logits.dtype).min)
+        mass = torch.softmax(logits, dim=-1)
+        ragged = -keys % block_size
+        mass = pad(mass, (0, ragged)) if ragged else mass
         mass = mass.unflatten(-1, (-1, block_size)).sum(-1).unflatten(2, (end - start, number)).mean(3)
         parts.append(pad(mass, (0, blocks - mass.shape[-1])))
     return torch.cat(parts, dim=2)

@@ -312,12 +312,27 @@ def test_what_does_not_fit_into_memory_is_left_out_and_said(monkeypatch, tmp_pat
 
 def test_a_path_that_is_not_dense_at_sparsity_0_is_found_out(monkeypatch, model):
     monkeypatch.setattr(
-        language_speed, "sparsify", lambda variant, plan, **options: sparsify(variant, plan or 0.75, **options)
+        language_speed, "sparsify", lambda variant, plan, **options: sparsify(variant, plan or 0.5, **options)
     )
     config = {**MODEL, "model": "tiny", "dtype": "float32", "compilation": "none", "repeats": 1, "device": "cpu"}
     config |= {"tokens_per_call": 3, "eager_up_to": 0, "cell_seconds": 100}
     with torch.no_grad(), pytest.raises(RuntimeError, match="at sparsity 0 differs"):
         language_speed.measure(model, Cell("prefill", 1024, 1), config, torch.device("cpu"), {})
+
+
+def test_a_dense_variant_that_attends_differently_is_found_out(monkeypatch, model):
+    variants = language_speed._dense_variants
+
+    def with_a_wrong_one(*arguments):
+        *others, (method, _, cache) = variants(*arguments)
+        wrong = language_speed._with_attention(model, language_speed.FREE)
+        return [*others, (method, wrong, cache)]
+
+    monkeypatch.setattr(language_speed, "_dense_variants", with_a_wrong_one)
+    config = {**MODEL, "model": "tiny", "dtype": "float32", "compilation": "none", "repeats": 1, "device": "cpu"}
+    config |= {"tokens_per_call": 3, "eager_up_to": 0, "cell_seconds": 100}
+    with torch.no_grad(), pytest.raises(RuntimeError, match="is not that of stock SDPA"):
+        language_speed.measure(model, Cell("decode", 256, 2), config, torch.device("cpu"), {})
 
 
 class _Reached(Exception):

@@ -27,7 +27,7 @@ SELECTIONS = ["validated", "pooled", "sampled", "oracle", "window"]
 
 
 def small(**values):
-    return DecoderSparsity(**{"block_size": 8, "pool_size": 4, "page_size": 8, **values})
+    return DecoderSparsity(**{"block_size": 8, "pool_size": 4, "page_size": 8, "dense_tail_blocks": 0, **values})
 
 
 def plain(**values):
