@@ -214,7 +214,15 @@ def test_the_harness_runs_dense_and_under_its_levels(model, monkeypatch):
         return [{"task": f"lm_eval/{name}", "acc": 0.5} for name in settings["tasks"]]
 
     monkeypatch.setattr(language_evaluation, "harness_measures", answers)
-    plans = {"window": {"kind": "decoder", "selection": "window", "block_size": 16, "levels": [0.5, 0.75]}}
+    plans = {
+        "window": {
+            "kind": "decoder",
+            "selection": "window",
+            "block_size": 16,
+            "dense_tail_blocks": 0,
+            "levels": [0.5, 0.75],
+        }
+    }
     config = evaluation(plans=plans, harness={"tasks": ["a", "b"], "levels": [0.75]})
     _, rows = evaluate_everything(model, Words(), [], config)
     assert [(row["task"], row["plan"], row["level"]) for row in rows] == [
@@ -442,7 +450,9 @@ def test_rows_of_every_task_and_plan(model):
         Task("perplexity", "validation", 256, ids, scored=(255, 255)),
         Task("needle", "test", 256, [NeedleTask(ids[0], torch.tensor([5, 6]), 0.5)], levels=(0.75,)),
     ]
-    plans = {"window": {"kind": "decoder", "selection": "window", "block_size": 16, "page_size": 16}}
+    plans = {
+        "window": {"kind": "decoder", "selection": "window", "block_size": 16, "dense_tail_blocks": 0, "page_size": 16}
+    }
     config = evaluation(
         plans={"window": {**plans["window"], "levels": [0.0, 0.75]}},
         effective_support={"context": 128, "count": 1, "num_sampled_queries": 8},
