@@ -53,7 +53,7 @@ def prefill_speedup(records: Records) -> Evidence | None:
     worst = min(by_model.values(), key=lambda cell: cell.at_claimed_sparsity()["speedup_over_dense"])
     row = worst.at_claimed_sparsity()
     reasons = [
-        f"prefill of {worst.title}, context {worst.context:,}, batch {worst.batch}; {_plan(row)} over dense SDPA",
+        f"prefill of {worst.title}, context {worst.context:,}, batch {worst.batch}; {_plan(row)} over fastest dense",
     ]
     if row.get("bound") is not None:
         share = f"; attention takes {percent(row['attention_share'])}" if row.get("attention_share") else ""

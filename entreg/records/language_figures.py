@@ -104,7 +104,7 @@ def _quality_lines(study: LanguageStudy, task: str) -> dict[str, Line]:
 
 @register_figure("llm-speed", experiments=(SPEED,))
 def speed_figure(records: Records) -> Figure | None:
-    """Speed-up over dense SDPA against context: a row per model and device, prefill and decoding side by side."""
+    """Speed-up over fastest dense against context: a row per model and device, prefill and decoding side by side."""
     by_title: dict[str, dict[tuple[str, int], list[SpeedCell]]] = {}
     for cell in speed_cells(records):
         if _speed_lines([cell]):
@@ -139,7 +139,7 @@ def speed_figure(records: Records) -> Figure | None:
             panel.set_title(f"{title if panel is axes[0] else ''}\n{words}", loc="left", fontsize=10)
             bounds = {f"{method} bound": line for method, line in _bounds(cells).items()}
             _label_ends(panel, lines | bounds, looks)
-        axes[0].set_ylabel("speed-up over dense SDPA")
+        axes[0].set_ylabel("speed-up over fastest dense")
     return figure
 
 

@@ -169,7 +169,7 @@ def decode(records: Records) -> Table | None:
 
 
 _SHARE_COLUMNS = (
-    *("over dense SDPA", "realised sparsity", "selection", "attention's share", "Amdahl"),
+    *("over fastest dense", "realised sparsity", "selection", "attention's share", "Amdahl"),
     *("kernel", "peak memory"),
 )
 
