@@ -1,4 +1,4 @@
-"""Tables, figures and verdicts in a notebook, built from the records at hand; what has no records says so."""
+"""Tables, figures and verdicts in a notebook, built from the records at hand or there; what has no records says so."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from entreg.errors import InputError
 from entreg.records.claims import judge_all, load_claims, readme_table
 from entreg.records.figures import figure_registry, render
 from entreg.records.registry import Registry, discover
-from entreg.records.tables import provenance, table_registry
+from entreg.records.tables import Cell, Table, provenance, table_registry
 
 if TYPE_CHECKING:
     from IPython.display import Image, Markdown
+    from matplotlib.figure import Figure
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -46,13 +47,30 @@ def show_figure(records: Records, name: str) -> Image | Markdown:
     Raises:
         InputError: there is no such figure.
     """
-    from IPython.display import Image, Markdown
+    from IPython.display import Markdown
 
     _, figure = _built(figure_registry, records, name)
-    if figure is None:
-        return Markdown(_not_run(figure_registry, name))
+    return Markdown(_not_run(figure_registry, name)) if figure is None else show_drawing(figure, name)
+
+
+def show_drawing(figure: Figure, title: str) -> Image:
+    """A figure that the notebook drew itself, in the size of those from records.
+
+    Args:
+        figure: from :func:`entreg.records.figures.new_figure`.
+        title: written into the picture's metadata.
+    """
+    from IPython.display import Image
+
     # Half the pixels: sharp on screens of high resolution.
-    return Image(render(figure, name)["png"], width=int(figure.get_figwidth() * 80))
+    return Image(render(figure, title)["png"], width=int(figure.get_figwidth() * 80))
+
+
+def show_rows(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Markdown:
+    """A table of what the notebook computed itself, cells as in :class:`entreg.records.tables.Table`."""
+    from IPython.display import Markdown
+
+    return Markdown(Table("shown", "", columns, rows).body_markdown())
 
 
 def show_verdicts(records: Records, prefixes: Sequence[str]) -> Markdown:

@@ -5,7 +5,7 @@ import pytest
 
 from entreg.errors import InputError
 from entreg.records.figures import figure_registry, new_figure, register_figure
-from entreg.records.showing import show_figure, show_table, show_verdicts
+from entreg.records.showing import show_drawing, show_figure, show_rows, show_table, show_verdicts
 from entreg.records.tables import Table, register_table, table_registry
 from tests.records.samples import sample_record
 
@@ -43,6 +43,12 @@ def test_a_figure_is_a_picture_of_half_its_pixels(tmp_path):
     shown = show_figure([sample_record("geometry/shown")], "shown-figure")
     (tmp_path / "figure.png").write_bytes(shown.data)
     assert matplotlib.image.imread(tmp_path / "figure.png").shape[1] == 2 * shown.width == 480
+
+
+def test_what_the_notebook_computed_looks_like_what_comes_from_records():
+    figure, _ = new_figure(width=3.0, height=2.0)
+    assert show_drawing(figure, "drawn").width == 240
+    assert show_rows(["a", "b"], [["x", 0.12345]]).data.splitlines()[-1] == "| x | 0.123 |"
 
 
 @pytest.mark.parametrize("show", [show_table, show_figure])
