@@ -16,7 +16,7 @@ import yaml
 from entreg.errors import InputError, RecordError
 from entreg.records.formatting import MISSING, NOT_RUN, number
 from entreg.records.registry import Registry
-from entreg.records.tables import Table
+from entreg.records.tables import Table, TracedRow
 
 JUDGED_SCALES = ("offline", "paper")
 VERDICTS = ("reproduced", "exceeded", "partly", "not reproduced", NOT_RUN)
@@ -209,19 +209,22 @@ def with_unit(value: float, unit: str) -> str:
 def claims_table(claims: Sequence[Claim], verdicts: Sequence[Mapping[str, Verdict]]) -> Table:
     """The complete table: every claim with both scales, reasons and commands."""
     rows = [
-        [
-            f"`{claim.id}`",
-            claim.claim,
-            claim.paper_value,
-            claim.source,
-            at["offline"].measured,
-            at["offline"].verdict,
-            at["paper"].measured,
-            at["paper"].verdict,
-            _reason(claim, at),
-            f"`{claim.commands['offline']}`",
-            f"`{claim.commands['paper']}`",
-        ]
+        TracedRow(
+            [
+                f"`{claim.id}`",
+                claim.claim,
+                claim.paper_value,
+                claim.source,
+                at["offline"].measured,
+                at["offline"].verdict,
+                at["paper"].measured,
+                at["paper"].verdict,
+                _reason(claim, at),
+                f"`{claim.commands['offline']}`",
+                f"`{claim.commands['paper']}`",
+            ],
+            [key for verdict in at.values() for key in verdict.record_ids],
+        )
         for claim, at in zip(claims, verdicts, strict=True)
     ]
     columns = [

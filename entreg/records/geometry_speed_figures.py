@@ -67,6 +67,7 @@ def _speedup_figure(bench: Bench, baseline: str, methods: Sequence[str], title: 
 
 @register_figure("benchmark-hull", experiments=("benchmark/geometry_hull/",))
 def hull_figure(records: list[dict[str, Any]]) -> "Figure | None":
+    """A panel per distribution: Qhull's time over each method's, by size."""
     bench = bench_of(records, "hull")
     if bench is None:
         return None
@@ -76,6 +77,7 @@ def hull_figure(records: list[dict[str, Any]]) -> "Figure | None":
 
 @register_figure("benchmark-delaunay", experiments=("benchmark/geometry_delaunay/",))
 def delaunay_figure(records: list[dict[str, Any]]) -> "Figure | None":
+    """A panel per distribution: Qhull's time over each method's, by size."""
     bench = bench_of(records, "delaunay")
     if bench is None:
         return None
@@ -85,6 +87,7 @@ def delaunay_figure(records: list[dict[str, Any]]) -> "Figure | None":
 
 @register_figure("benchmark-pareto", experiments=("benchmark/geometry_pareto/",))
 def pareto_figure(records: list[dict[str, Any]]) -> "Figure | None":
+    """A panel per distribution: numpy's time over each method's, by size."""
     bench = bench_of(records, "pareto")
     if bench is None:
         return None
@@ -95,6 +98,7 @@ def pareto_figure(records: list[dict[str, Any]]) -> "Figure | None":
 
 @register_figure("benchmark-entropy-law", experiments=("benchmark/entropy_law/",))
 def law_figure(records: list[dict[str, Any]]) -> "Figure | None":
+    """Algorithms that compare on the left, ours on the right: a marker per input, a line fitted per family."""
     chosen = law_records(records)
     if not chosen:
         return None

@@ -6,7 +6,7 @@ from typing import Any
 
 from entreg.records.record import SCALES
 from entreg.records.statistics import linear_fit
-from entreg.records.tables import MISSING, NOT_RUN, Table, number, ratio, register_table, seconds
+from entreg.records.tables import MISSING, NOT_RUN, Table, TracedRow, number, ratio, register_table, seconds
 
 LARGE = 1_000_000
 OURS = "entreg"
@@ -77,9 +77,10 @@ def current_records(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Bench:
-    """The rows of one problem's records, by distribution, size and method."""
+    """The rows of one problem's records, by distribution, size and method; ``sources``: a distribution's records."""
 
     cells: Mapping[tuple[str, int, str], Row]
+    sources: Mapping[str, tuple[str, ...]]
     distributions: tuple[str, ...]
     sizes: tuple[int, ...]
     methods: tuple[str, ...]
@@ -109,6 +110,10 @@ def bench_of(records: Sequence[dict[str, Any]], problem: str) -> Bench | None:
     present = {row["distribution"] for row in rows}
     return Bench(
         cells={(row["distribution"], row["n"], row["method"]): row for row in rows},
+        sources={
+            name: tuple(r["id"] for r in chosen if any(row["distribution"] == name for row in r["rows"]))
+            for name in present
+        },
         distributions=tuple(sorted(present, key=lambda d: (known.index(d) if d in known else len(known), d))),
         sizes=tuple(sorted({row["n"] for row in rows})),
         methods=tuple(dict.fromkeys(row["method"] for row in rows)),
@@ -161,13 +166,16 @@ AIMS = (
 def aims_table(records: list[dict[str, Any]]) -> Table | None:
     benches = {problem: bench_of(records, problem) for problem in ("hull", "delaunay")}
     rows = [
-        [
-            aim.problem,
-            DISTRIBUTION_LABELS[distribution],
-            aim.text,
-            f">= {number(aim.target)}x",
-            *_aim_outcome(benches[aim.problem], aim, distribution),
-        ]
+        TracedRow(
+            [
+                aim.problem,
+                DISTRIBUTION_LABELS[distribution],
+                aim.text,
+                f">= {number(aim.target)}x",
+                *_aim_outcome(benches[aim.problem], aim, distribution),
+            ],
+            benches[aim.problem].sources.get(distribution, ()) if benches[aim.problem] else (),
+        )
         for aim in AIMS
         for distribution in aim.distributions
     ]
@@ -228,11 +236,14 @@ def _times_table(
 ) -> Table:
     shown = [method for method in methods if method in bench.methods]
     rows = [
-        [
-            DISTRIBUTION_LABELS.get(distribution, distribution),
-            *(_time(bench, distribution, n, method) for method in shown),
-            *(ratio(bench.get(distribution, n, OURS).get(field)) for field in ratios),
-        ]
+        TracedRow(
+            [
+                DISTRIBUTION_LABELS.get(distribution, distribution),
+                *(_time(bench, distribution, n, method) for method in shown),
+                *(ratio(bench.get(distribution, n, OURS).get(field)) for field in ratios),
+            ],
+            bench.sources[distribution],
+        )
         for distribution in bench.distributions
     ]
     return Table(
@@ -356,7 +367,10 @@ def _sizes_table(bench: Bench, name: str, title: str, rivals: str) -> Table:
         text = f"{ratio(row['ratio_to_fastest_rival'])} {method_label(row['fastest_rival']).split(' (')[0]}"
         return f"**{text}**" if row["ratio_to_fastest_rival"] < 1.0 else text
 
-    rows = [[DISTRIBUTION_LABELS.get(d, d), *(cell(d, n) for n in bench.sizes)] for d in bench.distributions]
+    rows = [
+        TracedRow([DISTRIBUTION_LABELS.get(d, d), *(cell(d, n) for n in bench.sizes)], bench.sources[d])
+        for d in bench.distributions
+    ]
     cells = [bench.get(d, n, OURS).get("ratio_to_fastest_rival") for d in bench.distributions for n in bench.sizes]
     measured = [value for value in cells if value]
     return Table(
@@ -404,18 +418,17 @@ def exactness_table(records: list[dict[str, Any]]) -> Table | None:
                 continue
             wrong = [row for row in checked if not row["exact"]]
             worst = max(wrong, key=lambda row: row["missing"] + row["extra"], default=None)
-            rows.append(
-                [
-                    problem,
-                    method_label(method),
-                    checked[0]["dtype"],
-                    f"{len(checked) - len(wrong)} of {len(checked)}",
-                    MISSING
-                    if worst is None
-                    else f"{worst['missing']:,} {unit} missing, {worst['extra']:,} too many "
-                    f"({DISTRIBUTION_LABELS.get(worst['distribution'], worst['distribution'])}, n = {worst['n']:,})",
-                ]
-            )
+            cells = [
+                problem,
+                method_label(method),
+                checked[0]["dtype"],
+                f"{len(checked) - len(wrong)} of {len(checked)}",
+                MISSING
+                if worst is None
+                else f"{worst['missing']:,} {unit} missing, {worst['extra']:,} too many "
+                f"({DISTRIBUTION_LABELS.get(worst['distribution'], worst['distribution'])}, n = {worst['n']:,})",
+            ]
+            rows.append(TracedRow(cells, bench.record_ids))
     if not rows:
         return None
     return Table(
@@ -475,19 +488,19 @@ def law_table(records: list[dict[str, Any]]) -> Table | None:
                 fit = linear_fit([row["work"] for row in sample], [row["seconds_median"] for row in sample])
                 units = [1e9 * row["seconds_median"] / row["work"] for row in sample]
                 entropies = [row["entropy"] for row in sample]
-                rows.append(
-                    [
-                        method_label(method),
-                        family,
-                        size,
-                        fit.count,
-                        f"{number(min(entropies))} to {number(max(entropies))}",
-                        f"{number(1e9 * fit.slope)} ns",
-                        seconds(fit.intercept),
-                        f"{fit.r_squared:.3f}",
-                        f"{number(min(units))} to {number(max(units))} ns",
-                    ]
-                )
+                cells = [
+                    method_label(method),
+                    family,
+                    size,
+                    fit.count,
+                    f"{number(min(entropies))} to {number(max(entropies))}",
+                    f"{number(1e9 * fit.slope)} ns",
+                    seconds(fit.intercept),
+                    f"{fit.r_squared:.3f}",
+                    f"{number(min(units))} to {number(max(units))} ns",
+                ]
+                shown = {row["family"] for row in sample}
+                rows.append(TracedRow(cells, (r["id"] for r in chosen if r["dataset"]["name"] in shown)))
     return Table(
         "benchmark-entropy-law",
         "Time of the convex hull against n (1 + H), one thread",

@@ -64,6 +64,7 @@ class Study:
 
     def __init__(self, records: Sequence[Mapping[str, Any]]) -> None:
         self._cells: dict[Cell, dict[int, Row]] = {}
+        self._sources: dict[Cell, dict[int, str]] = {}
         self.methods: list[str] = []
         for record in sorted(records, key=lambda r: (r["utc"], r["id"])):
             for row in record["rows"]:
@@ -71,6 +72,7 @@ class Study:
                     continue
                 key = (row["distribution"], row["n"], row["method"])
                 self._cells.setdefault(key, {})[record["seed"]] = row
+                self._sources.setdefault(key, {})[record["seed"]] = record["id"]
                 if row["method"] not in self.methods:
                     self.methods.append(row["method"])
         self.distributions = sorted({key[0] for key in self._cells})
@@ -93,6 +95,11 @@ class Study:
         """One field over the seeds; rows that lack it are left out."""
         rows = self.rows(distribution, n, method).values()
         return [float(row[field]) for row in rows if row.get(field) is not None]
+
+    def ids_of(self, distribution: str | None = None) -> list[str]:
+        """Identifiers of the records whose rows count, of one data set or of all."""
+        chosen = (s for key, s in self._sources.items() if distribution in (None, key[0]))
+        return sorted({identifier for by_seed in chosen for identifier in by_seed.values()})
 
     def size_of(self, distribution: str) -> int:
         """The largest size at which a data set was run."""

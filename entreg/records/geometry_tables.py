@@ -8,7 +8,7 @@ from typing import Any
 from entreg.records.geometry_speed_tables import DISTRIBUTION_LABELS
 from entreg.records.geometry_study import BASELINES, Study, extreme, label
 from entreg.records.statistics import mean_and_interval
-from entreg.records.tables import MISSING, Table, number, percent, ratio, register_table, seconds
+from entreg.records.tables import MISSING, Table, TracedRow, number, percent, ratio, register_table, seconds
 
 TITLES = {
     "geometry/hull": "Convex hull",
@@ -114,7 +114,7 @@ def complete_table(experiment: str, name: str, records: Sequence[Mapping[str, An
                     row += [len(measured), min(int(r["rounds"]) for r in measured.values())]
                 else:
                     row += [status, *([MISSING] * (len(errors) + 3))]
-                rows.append(row)
+                rows.append(TracedRow(row, study.ids_of(distribution)))
     return Table(
         name,
         f"{TITLES[experiment]}: all measurements of the rewriting experiment",
@@ -179,7 +179,7 @@ def sensitivity_table(records: list[dict[str, Any]]) -> Table | None:
             errors = study.values(distribution, n, "entropy_net_rewrite", "area_error")
             estimate = mean_and_interval([100.0 * e for e in errors]) if errors else None
             row.append(estimate)
-        rows.append(row)
+        rows.append(TracedRow(row, study.ids_of()))
     columns = ["variant"]
     for distribution in distributions:
         text = distribution_label(distribution)

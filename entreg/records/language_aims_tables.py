@@ -19,7 +19,7 @@ from entreg.records.language_study import (
     random_weights,
 )
 from entreg.records.statistics import Estimate
-from entreg.records.tables import MISSING, NOT_RUN, Table, estimate, number, percent, ratio, register_table
+from entreg.records.tables import MISSING, NOT_RUN, Table, TracedRow, estimate, number, percent, ratio, register_table
 
 MODEL = "smollm2"
 SCALE = "offline"
@@ -85,11 +85,12 @@ def aims(records: list[dict[str, Any]]) -> Table | None:
         # More threads last: the machine as it is used.
         cell = max(found, key=lambda one: one.device, default=None)
         where = f"context {aim.context:,}, batch {aim.batch}"
-        outcome = [NOT_RUN, MISSING, NOT_RUN]
+        outcome, source = [NOT_RUN, MISSING, NOT_RUN], []
         if cell is not None:
-            used.append(cell.record["id"])
+            source = [cell.record["id"]]
             outcome = _speed_outcome(cell, aim)
-        rows.append([f"{aim.phase}, speed-up", where, f">= {ratio(aim.target)}", *outcome])
+        used += source
+        rows.append(TracedRow([f"{aim.phase}, speed-up", where, f">= {ratio(aim.target)}", *outcome], source))
     for aim in QUALITY_AIMS:
         study = studies[0] if studies else None
         context = study.reference_context(aim.task) if study else None
@@ -99,7 +100,8 @@ def aims(records: list[dict[str, Any]]) -> Table | None:
         outcome = [NOT_RUN, MISSING, NOT_RUN]
         if study is not None and place is not None:
             outcome = _quality_outcome(study, aim, place)
-        rows.append([aim.words, where, f"<= {number(aim.target)}{aim.unit}", *outcome])
+        source = studies[0].record_ids if studies else []
+        rows.append(TracedRow([aim.words, where, f"<= {number(aim.target)}{aim.unit}", *outcome], source))
     if all(row[-1] == NOT_RUN for row in rows):
         return None
     if studies:

@@ -18,7 +18,18 @@ from entreg.records.language_study import (
     where,
 )
 from entreg.records.record import SCALES
-from entreg.records.tables import MISSING, NOT_RUN, Cell, Table, number, percent, ratio, register_table, seconds
+from entreg.records.tables import (
+    MISSING,
+    NOT_RUN,
+    Cell,
+    Table,
+    TracedRow,
+    number,
+    percent,
+    ratio,
+    register_table,
+    seconds,
+)
 
 Row = Mapping[str, Any]
 Records = Sequence[dict[str, Any]]
@@ -106,15 +117,18 @@ def prefill(records: Records) -> Table | None:
     """Context by method: time of a prefill and where it goes."""
     cells = speed_cells(records, "prefill")
     rows = [
-        [
-            cell.title,
-            f"{cell.context:,}",
-            str(cell.batch),
-            _method(row),
-            seconds(row.get("seconds")),
-            _range(row),
-            *_shares(row),
-        ]
+        TracedRow(
+            [
+                cell.title,
+                f"{cell.context:,}",
+                str(cell.batch),
+                _method(row),
+                seconds(row.get("seconds")),
+                _range(row),
+                *_shares(row),
+            ],
+            [cell.record["id"]],
+        )
         for cell in cells
         for row in cell.rows
     ]
@@ -136,15 +150,18 @@ def decode(records: Records) -> Table | None:
     """Cache length by batch by method: time of a token and where it goes."""
     cells = speed_cells(records, "decode")
     rows = [
-        [
-            cell.title,
-            f"{cell.context:,}",
-            str(cell.batch),
-            _method(row),
-            _milliseconds(row.get("milliseconds_per_token")),
-            _tokens(row.get("tokens_per_second")),
-            *_shares(row),
-        ]
+        TracedRow(
+            [
+                cell.title,
+                f"{cell.context:,}",
+                str(cell.batch),
+                _method(row),
+                _milliseconds(row.get("milliseconds_per_token")),
+                _tokens(row.get("tokens_per_second")),
+                *_shares(row),
+            ],
+            [cell.record["id"]],
+        )
         for cell in cells
         for row in cell.rows
     ]

@@ -151,6 +151,10 @@ class LanguageStudy:
         """Identifiers of the records that are used."""
         return sorted(record["id"] for record in self.records.values())
 
+    def ids_of(self, *methods: str) -> list[str]:
+        """Identifiers of the records of some training methods; those that were not run add nothing."""
+        return [record["id"] for (method, _), record in self.records.items() if method in methods]
+
     @property
     def scale(self) -> str:
         return self._any["scale"]

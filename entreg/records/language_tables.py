@@ -21,7 +21,17 @@ from entreg.records.language_study import (
     training_studies,
 )
 from entreg.records.statistics import Estimate, mean_and_interval, paired_difference
-from entreg.records.tables import MISSING, NOT_RUN, Cell, Table, estimate, number, percent, ratio, register_table
+from entreg.records.tables import (
+    MISSING,
+    NOT_RUN,
+    Table,
+    TracedRow,
+    estimate,
+    number,
+    percent,
+    ratio,
+    register_table,
+)
 
 Records = list[dict[str, Any]]
 
@@ -93,7 +103,7 @@ def quality(records: Records) -> Table | None:
     )
 
 
-def _quality_row(study: LanguageStudy, method: str, plan: str, level: float) -> list[Cell]:
+def _quality_row(study: LanguageStudy, method: str, plan: str, level: float) -> TracedRow:
     name = _plan_name(study, method, plan)
     perplexity = _perplexity(study, method, plan, level)
     sparse = plan != DENSE
@@ -102,7 +112,7 @@ def _quality_row(study: LanguageStudy, method: str, plan: str, level: float) -> 
     lost = study.increase(method, "needle", plan, level, "accuracy")
     drop = study.drop(method, "summary", plan, level, "rouge_l")
     decode = study.realised(method, plan, level, tuple(TASKS), "decode_sparsity")
-    return [
+    cells = [
         study.title,
         name,
         span(study.realised(method, plan, level, tuple(TASKS))) if sparse else MISSING,
@@ -117,6 +127,7 @@ def _quality_row(study: LanguageStudy, method: str, plan: str, level: float) -> 
         estimate(drop) if sparse else MISSING,
         _number(study.mean(method, "summary", plan, level, "rouge_l_to_dense")) if sparse else MISSING,
     ]
+    return TracedRow(cells, study.ids_of(method))
 
 
 @register_table("llm-levels", experiments=LANGUAGE)
@@ -135,7 +146,8 @@ def levels(records: Records) -> Table | None:
                         realised = study.realised(method, plan, level, tuple(TASKS))
                         name = _plan_name(study, method, plan)
                         words = [NOT_RUN if cell is None else cell for cell in cells]
-                        rows.append([study.title, name, percent(level), span(realised), *words])
+                        row = [study.title, name, percent(level), span(realised), *words]
+                        rows.append(TracedRow(row, study.ids_of(method)))
     if not rows:
         return None
     headings = {
@@ -218,14 +230,14 @@ def training(records: Records) -> Table | None:
     )
 
 
-def _training_row(study: LanguageStudy, method: str, plan: str, level: float) -> list[Cell]:
+def _training_row(study: LanguageStudy, method: str, plan: str, level: float) -> TracedRow:
     gaps, plain_gaps = (study.gaps(name, plan, level) for name in (method, PLAIN))
     seeds = [seed for seed in gaps if seed in plain_gaps] if method != PLAIN else []
     gain = paired_difference([gaps[seed] for seed in seeds], [plain_gaps[seed] for seed in seeds]) if seeds else None
     over = study.perplexity_over(method, PLAIN, plan, level) if seeds else None
     support = study.effective_support(method)
     name = method_label(method)
-    return [
+    cells = [
         study.title,
         plan_label(plan),
         percent(level),
@@ -238,6 +250,7 @@ def _training_row(study: LanguageStudy, method: str, plan: str, level: float) ->
         MISSING if support is None else number(statistics.fmean(head for layer in support[0] for head in layer)),
         len(gaps),
     ]
+    return TracedRow(cells, study.ids_of(method, PLAIN))
 
 
 @register_table("llm-support", experiments=LANGUAGE)
@@ -251,7 +264,8 @@ def support(records: Records) -> Table | None:
         used.append(study)
         for layer, heads in enumerate(found[0]):
             mean = statistics.fmean(heads)
-            rows.append([study.title, str(layer), mean, min(heads), max(heads), len(heads), found[1]])
+            row = [study.title, str(layer), mean, min(heads), max(heads), len(heads), found[1]]
+            rows.append(TracedRow(row, study.ids_of(study.base)))
     if not rows:
         return None
     return Table(

@@ -1,6 +1,6 @@
 """Tables as Markdown and LaTeX, and the build of everything that is generated from records."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ __all__ = [
     "MISSING",
     "NOT_RUN",
     "Table",
+    "TracedRow",
     "estimate",
     "number",
     "percent",
@@ -54,6 +55,19 @@ def register_table(name: str, experiments: Sequence[str] = ("",)) -> Callable[[T
 _MOST_LISTED = 30
 
 
+class TracedRow(list[Cell]):
+    """A table's row that names the records behind its own numbers, for the report.
+
+    Args:
+        cells: the row.
+        record_ids: identifiers out of the table's own, in any order; none for a row that only says what was not run.
+    """
+
+    def __init__(self, cells: Iterable[Cell], record_ids: Iterable[str]) -> None:
+        super().__init__(cells)
+        self.record_ids = tuple(sorted(set(record_ids)))
+
+
 @dataclass(frozen=True)
 class Table:
     """A table whose cells are text or numbers.
@@ -64,6 +78,7 @@ class Table:
         columns: headings, at least one.
         rows: cells, as many per row as there are columns. Text stays as it is (``code`` and ``**bold**`` of Markdown
             are understood), numbers get three significant digits, an :class:`Estimate` its interval, None a dash.
+            A :class:`TracedRow` names its own records; for any other row those of the whole table stand.
         notes: sentences under the table.
         align: one of ``l``, ``r``, ``c`` per column; by default the first is left and the others right.
         record_ids: the records that the footer names; by default all those given to the builder.

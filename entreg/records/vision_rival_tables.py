@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from entreg.records.statistics import mean_and_interval
-from entreg.records.tables import MISSING, Table, number, register_table
+from entreg.records.tables import MISSING, Table, TracedRow, number, register_table
 from entreg.records.vision_study import VisionStudy, label
 from entreg.records.vision_tables import accuracy, main_study, points, settings_table
 
@@ -48,7 +48,8 @@ def merging(records: list[dict[str, Any]]) -> Table | None:
         how = "token merging (ToMe)" if plan.startswith("merging") else " by ".join(study.best_choice(method, plan))
         name = f"**{label(method)}**" if (method, plan) == ("ours_a", EQUAL) else label(method)
         cells = [points(accuracy(study, method, which)) for which in ("dense", plan)]
-        rows.append([name, how, f"{100 * sparsity:.1f} %", *cells, len(study.seeds(method))])
+        row = [name, how, f"{100 * sparsity:.1f} %", *cells, len(study.seeds(method))]
+        rows.append(TracedRow(row, study.ids_of(method)))
     return Table(
         "vision-token-merging",
         "Token merging (ToMe's rule) with and without training, beside ours",
@@ -111,16 +112,15 @@ def equal_sparsity(records: list[dict[str, Any]]) -> Table | None:
                     study.values_of_choice(method, "equal_a", choice, field, level=level)
                     for field in ("top1", "sparsity")
                 )
-                rows.append(
-                    [
-                        f"**{label(method)}**" if method.startswith("ours") else label(method),
-                        " by ".join(choice),
-                        f"{100 * statistics.fmean(sparsity):.1f} %",
-                        points(accuracy(study, method, "dense")),
-                        points(mean_and_interval(values)),
-                        len(values),
-                    ]
-                )
+                cells = [
+                    f"**{label(method)}**" if method.startswith("ours") else label(method),
+                    " by ".join(choice),
+                    f"{100 * statistics.fmean(sparsity):.1f} %",
+                    points(accuracy(study, method, "dense")),
+                    points(mean_and_interval(values)),
+                    len(values),
+                ]
+                rows.append(TracedRow(cells, study.ids_of(method)))
     if not rows:
         return None
     return Table(
@@ -138,7 +138,7 @@ def equal_sparsity(records: list[dict[str, Any]]) -> Table | None:
     )
 
 
-def _budget_row(study: VisionStudy, method: str, level: float | None) -> list[Any]:
+def _budget_row(study: VisionStudy, method: str, level: float | None) -> TracedRow:
     """Mean and tail of a method's budgets, and its accuracy with them and with equal ones."""
     fields = ("sparsity", "budget_mean", "budget_median", "budget_p95", "budget_max")
     sparsity, *tail = (
@@ -146,7 +146,7 @@ def _budget_row(study: VisionStudy, method: str, level: float | None) -> list[An
     )
     own = study.values_of_choice(method, OWN, CHOICE, level=level)
     equal = study.values_of_choice(method, EQUAL, CHOICE)
-    return [
+    cells = [
         label(method),
         f"{100 * sparsity:.1f} %",
         *map(number, tail),
@@ -154,6 +154,7 @@ def _budget_row(study: VisionStudy, method: str, level: float | None) -> list[An
         points(mean_and_interval(equal)) if equal else MISSING,
         len(own),
     ]
+    return TracedRow(cells, study.ids_of(method))
 
 
 def _plans(study: VisionStudy) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from entreg.records.record import SCALES
-from entreg.records.tables import MISSING, Table, number, percent, ratio, register_table, seconds
+from entreg.records.tables import MISSING, Table, TracedRow, number, percent, ratio, register_table, seconds
 
 EXPERIMENT = "vit/speed"
 HEADLINE_BATCH = {"offline": 32, "paper": 256}
@@ -140,20 +140,19 @@ def four_cells(records: Records) -> Table | None:
             fast = setting.at_wanted_sparsity(batch, True, kind)
             if not unfused or not fused or not fast:
                 continue
-            rows.append(
-                [
-                    setting.title,
-                    str(batch),
-                    f"{word}: {plan_label(fast[0]['method'])}",
-                    seconds(unfused["seconds"]),
-                    _time_and_gain(fused),
-                    _time_and_gain(slow[0]) if slow else MISSING,
-                    _time_and_gain(fast[0]),
-                    ratio(fast[0]["speedup_over_dense_fused"]),
-                    ratio(fast[0]["bound_attention_alone"]),
-                    ratio(fast[0]["bound"]),
-                ]
-            )
+            cells = [
+                setting.title,
+                str(batch),
+                f"{word}: {plan_label(fast[0]['method'])}",
+                seconds(unfused["seconds"]),
+                _time_and_gain(fused),
+                _time_and_gain(slow[0]) if slow else MISSING,
+                _time_and_gain(fast[0]),
+                ratio(fast[0]["speedup_over_dense_fused"]),
+                ratio(fast[0]["bound_attention_alone"]),
+                ratio(fast[0]["bound"]),
+            ]
+            rows.append(TracedRow(cells, [setting.record["id"]]))
     if not rows:
         return None
     return Table(
@@ -190,22 +189,25 @@ def all_plans(records: Records) -> Table | None:
     """Every candidate at every batch size."""
     settings = speed_settings(records)
     rows = [
-        [
-            setting.title,
-            str(batch),
-            _method(row),
-            row["cell"],
-            row["kernel"],
-            percent(row["realised_sparsity"]),
-            seconds(row["seconds"]),
-            f"{seconds(row['seconds_min'])} to {seconds(row['seconds_max'])}",
-            number(row["images_per_second"]),
-            ratio(row["speedup_over_dense"]),
-            ratio(row["speedup_over_dense_fused"]),
-            percent(row["attention_share"]),
-            ratio(row["bound"]),
-            MISSING if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB",
-        ]
+        TracedRow(
+            [
+                setting.title,
+                str(batch),
+                _method(row),
+                row["cell"],
+                row["kernel"],
+                percent(row["realised_sparsity"]),
+                seconds(row["seconds"]),
+                f"{seconds(row['seconds_min'])} to {seconds(row['seconds_max'])}",
+                number(row["images_per_second"]),
+                ratio(row["speedup_over_dense"]),
+                ratio(row["speedup_over_dense_fused"]),
+                percent(row["attention_share"]),
+                ratio(row["bound"]),
+                MISSING if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB",
+            ],
+            [setting.record["id"]],
+        )
         for setting in settings
         for batch in setting.batches
         for row in setting.rows(batch)
@@ -259,20 +261,19 @@ def equal_throughput(records: Records) -> Table | None:
             if not ours:
                 continue
             near = min(ours, key=lambda row, rival=rival: abs(row["seconds"] - rival["seconds"]))
-            rows.append(
-                [
-                    setting.title,
-                    str(batch),
-                    plan_label(rival["method"]),
-                    percent(rival["realised_sparsity"]),
-                    number(rival["images_per_second"]),
-                    ratio(rival["speedup_over_dense_fused"]),
-                    plan_label(near["method"]),
-                    percent(near["realised_sparsity"]),
-                    number(near["images_per_second"]),
-                    ratio(near["speedup_over_dense_fused"]),
-                ]
-            )
+            cells = [
+                setting.title,
+                str(batch),
+                plan_label(rival["method"]),
+                percent(rival["realised_sparsity"]),
+                number(rival["images_per_second"]),
+                ratio(rival["speedup_over_dense_fused"]),
+                plan_label(near["method"]),
+                percent(near["realised_sparsity"]),
+                number(near["images_per_second"]),
+                ratio(near["speedup_over_dense_fused"]),
+            ]
+            rows.append(TracedRow(cells, [setting.record["id"]]))
     if not rows:
         return None
     return Table(

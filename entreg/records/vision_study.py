@@ -60,6 +60,10 @@ class VisionStudy:
         """Identifiers of the records that are used."""
         return sorted(record["id"] for record in self.records.values())
 
+    def ids_of(self, *methods: str | None) -> list[str]:
+        """Identifiers of the records of some methods; those that were not run, and None, add nothing."""
+        return [record["id"] for (method, _), record in self.records.items() if method in methods]
+
     def seeds(self, method: str) -> list[int]:
         """Seeds that the method was run with."""
         return sorted(seed for name, seed in self.records if name == method)

@@ -8,7 +8,7 @@ from typing import Any
 
 from entreg.records.record import SCALES
 from entreg.records.statistics import Estimate, mean_and_interval, paired_difference
-from entreg.records.tables import MISSING, Table, estimate, number, register_table
+from entreg.records.tables import MISSING, Table, TracedRow, estimate, number, register_table
 from entreg.records.vision_study import VisionStudy, label, ours_for
 
 SETTINGS = {"setting_a": "A", "setting_b": "B"}
@@ -80,17 +80,16 @@ def settings_table(
         dense = accuracy(study, method, "dense")
         lost = statistics.fmean(dense_plain) - sparse.mean if dense_plain else None
         against = advantage(study, ours, method, plan) if ours and method != ours else None
-        rows.append(
-            [
-                f"**{label(method)}**" if method == ours else label(method),
-                points(dense),
-                points(sparse),
-                MISSING if lost is None else number(100 * lost),
-                ", ".join(word for word in study.best_choice(method, plan) if word),
-                points(against) if against else MISSING,
-                len(seeds),
-            ]
-        )
+        cells = [
+            f"**{label(method)}**" if method == ours else label(method),
+            points(dense),
+            points(sparse),
+            MISSING if lost is None else number(100 * lost),
+            ", ".join(word for word in study.best_choice(method, plan) if word),
+            points(against) if against else MISSING,
+            len(seeds),
+        ]
+        rows.append(TracedRow(cells, study.ids_of(method, "plain", ours)))
     if not rows:
         return None
     settings = next(
@@ -145,7 +144,8 @@ def curves(records: list[dict[str, Any]]) -> Table | None:
         cells = [accuracy(study, method, plan, level=level) for plan, level in plans]
         if any(cells):
             dense = accuracy(study, method, "dense")
-            rows.append([label(method), *(MISSING if c is None else number(100 * c.mean) for c in (dense, *cells))])
+            words = (MISSING if c is None else number(100 * c.mean) for c in (dense, *cells))
+            rows.append(TracedRow([label(method), *words], study.ids_of(method)))
     if not rows or not plans:
         return None
     return Table(
@@ -173,17 +173,16 @@ def masks(records: list[dict[str, Any]]) -> Table | None:
         if found is None or not found["iou"]:
             continue
         magnitude = study.localisation(method, scores=("magnitude",))
-        rows.append(
-            [
-                label(method),
-                estimate(mean_and_interval(found["iou"])),
-                found["score"],
-                found["layer"],
-                number(statistics.fmean(magnitude["iou"])) if magnitude else MISSING,
-                number(statistics.fmean(found["random"])),
-                len(study.seeds(method)),
-            ]
-        )
+        cells = [
+            label(method),
+            estimate(mean_and_interval(found["iou"])),
+            found["score"],
+            found["layer"],
+            number(statistics.fmean(magnitude["iou"])) if magnitude else MISSING,
+            number(statistics.fmean(found["random"])),
+            len(study.seeds(method)),
+        ]
+        rows.append(TracedRow(cells, study.ids_of(method)))
     if not rows:
         return None
     return Table(
@@ -212,15 +211,14 @@ def sensitivity(records: list[dict[str, Any]]) -> Table | None:
         sparse = study.values(method, "setting_a", split="validation")
         if dense and sparse:
             choice = study.best_choice(method, "setting_a")
-            rows.append(
-                [
-                    label(method),
-                    points(mean_and_interval(dense)),
-                    points(mean_and_interval(sparse)),
-                    ", ".join(word for word in choice if word),
-                    len(dense),
-                ]
-            )
+            cells = [
+                label(method),
+                points(mean_and_interval(dense)),
+                points(mean_and_interval(sparse)),
+                ", ".join(word for word in choice if word),
+                len(dense),
+            ]
+            rows.append(TracedRow(cells, study.ids_of(method)))
     if not rows:
         return None
     return Table(
@@ -254,7 +252,8 @@ def mce(records: list[dict[str, Any]]) -> Table | None:
         gain = _corruption_difference(study, "plain", method, "sparse") if method != "plain" else MISSING
         name = f"**{label(method)}**" if method == ours else label(method)
         clean = points(accuracy(study, method, "dense"))
-        rows.append([name, clean, cells[0], against, cells[1], gain, len(study.seeds(method))])
+        row = [name, clean, cells[0], against, cells[1], gain, len(study.seeds(method))]
+        rows.append(TracedRow(row, study.ids_of(method, "plain", ours)))
     if not rows:
         return None
     return Table(
