@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from entreg import distributed
 from entreg.errors import ConfigError, EntregError, OutputError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -46,15 +47,19 @@ def run_script(main: Callable[[], Any]) -> int:
         main: returns None or an exit status.
 
     Returns:
-        The status; the one sentence of an :class:`EntregError` has gone to standard error.
+        The status; the one sentence of an :class:`EntregError` has gone to standard error, once for all processes of a
+        launcher.
     """
     try:
-        status = main()
+        with distributed.quiet():
+            status = main()
     except EntregError as error:
-        print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
+        if distributed.tells():
+            print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("Interrupted; what was finished is kept.", file=sys.stderr)
+        if distributed.tells():
+            print("Interrupted; what was finished is kept.", file=sys.stderr)
         return INTERRUPTED
     return int(status or 0)
 
@@ -70,7 +75,11 @@ def entry_point(function: Callable[[], Any]) -> Callable[[], None]:
 
 
 def hydra_main(
-    config_name: str, config_path: str | os.PathLike[str] = CONFIGS, *, checked: Collection[str] = ()
+    config_name: str,
+    config_path: str | os.PathLike[str] = CONFIGS,
+    *,
+    checked: Collection[str] = (),
+    shared: bool = False,
 ) -> Callable[[Callable[[Any], Any]], Callable[..., Any]]:
     """``@hydra.main`` for the repository's configurations, with errors as one sentence.
 
@@ -88,6 +97,7 @@ def hydra_main(
         config_name: the primary configuration, without ``.yaml``.
         config_path: folder of the configurations.
         checked: parts, with dots, whose readers refuse keys that they do not know: ``+part.key=value`` may add any.
+        shared: whether several processes of a launcher share the work; otherwise the first does it all.
     """
 
     def decorate(function: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -95,6 +105,8 @@ def hydra_main(
         def main(config: Any = None) -> Any:
             if config is not None:
                 return function(config)
+            if not shared and not distributed.is_first():
+                sys.exit(0)
             sys.exit(run_script(lambda: _run_hydra(function, config_name, Path(config_path).resolve(), checked)))
 
         return main

@@ -34,6 +34,10 @@ class TrainingError(EntregError):
     """Training cannot go on: the loss or its gradient is not finite, in a step and a term that the sentence names."""
 
 
+class ProcessError(EntregError):
+    """One of several processes of a run was killed or failed, so that the others cannot go on."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error of another library says, short enough for one sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

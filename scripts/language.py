@@ -16,7 +16,7 @@ from entreg.evaluation.language_report import report
 from entreg.evaluation.studies import run_all, study_configs
 
 
-@hydra_main("language", checked=CHECKED)
+@hydra_main("language", checked=CHECKED, shared=True)
 def main(config: DictConfig) -> None:
     runs = [plan_run(one) for one in study_configs(config, HydraConfig.get().overrides.task, "language")]
     records = run_all(runs, store=config.store, command=command_line(), force=config.force)

@@ -15,7 +15,7 @@ from entreg.evaluation.vision_experiment import CHECKED, plan_run
 from entreg.evaluation.vision_report import report
 
 
-@hydra_main("train", checked=CHECKED)
+@hydra_main("train", checked=CHECKED, shared=True)
 def main(config: DictConfig) -> None:
     run = plan_run(OmegaConf.to_container(config, resolve=True))
     records = run_all([run], store=config.store, command=command_line(), force=config.force)

@@ -15,7 +15,7 @@ from entreg.evaluation.vision_experiment import CHECKED, plan_run
 from entreg.evaluation.vision_report import report
 
 
-@hydra_main("train", checked=CHECKED)
+@hydra_main("train", checked=CHECKED, shared=True)
 def main(config: DictConfig) -> None:
     runs = [plan_run(one) for one in study_configs(config, HydraConfig.get().overrides.task)]
     records = run_all(runs, store=config.store, command=command_line(), force=config.force)

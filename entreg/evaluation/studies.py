@@ -10,6 +10,7 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from entreg import distributed
 from entreg.atomic import require_writable
 from entreg.errors import ConfigError
 from entreg.records.store import RecordStore
@@ -67,6 +68,8 @@ def study_configs(config: DictConfig, overrides: Sequence[str], entry: str = "tr
 def run_all(runs: Sequence[Run], *, store: str | Path, command: str, force: bool = False) -> list[dict[str, Any]]:
     """Run what has no record yet and save each record as soon as it is there.
 
+    Several processes of a launcher share each run; the first one reads and writes the records.
+
     Args:
         runs: planned runs.
         store: folder of the records.
@@ -79,16 +82,18 @@ def run_all(runs: Sequence[Run], *, store: str | Path, command: str, force: bool
     Raises:
         OutputError: a record or checkpoint cannot be written.
     """
-    require_writable(store)
     records = RecordStore(store)
     result = []
-    for number, run in enumerate(runs, 1):
-        record = None if force else records.find(run.experiment, run.config)
-        if record is None:
-            print(f"run {number} of {len(runs)}: {run.experiment} {run.config['method']} seed {run.config['seed']}")
-            record = run.make_record(command)
-            records.save(record)
-        result.append(record)
+    with distributed.joined(runs[0].config.get("device", "cpu") if runs else "cpu"):
+        distributed.from_first(lambda: require_writable(store))
+        for number, run in enumerate(runs, 1):
+            record = distributed.from_first(lambda run=run: None if force else records.find(run.experiment, run.config))
+            if record is None:
+                print(f"run {number} of {len(runs)}: {run.experiment} {run.config['method']} seed {run.config['seed']}")
+                record = run.make_record(command)
+                if distributed.is_first():
+                    records.save(record)
+            result.append(record)
     return result
 
 
