@@ -98,12 +98,18 @@ def in_order(mine: Sequence[T]) -> list[T]:
     Args:
         mine: what this process found, one value for each of its turns, see :func:`my_turns`.
     """
+    found = from_all(list(mine))
+    return [found[item % len(found)][item // len(found)] for item in range(sum(map(len, found)))]
+
+
+def from_all(value: T) -> list[T]:
+    """The values of all processes; every process calls it and gets the same."""
     group = _group()
     if group is None:
-        return list(mine)
+        return [value]
     found: list[Any] = [None] * group.get_world_size()
-    group.all_gather_object(found, list(mine))
-    return [found[item % len(found)][item // len(found)] for item in range(sum(map(len, found)))]
+    group.all_gather_object(found, value)
+    return found
 
 
 def from_first(make: Callable[[], T]) -> T:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from entreg import distributed
 from entreg.errors import ConfigError, InputError
 from entreg.training.vision import answer_logits
 
@@ -175,8 +176,12 @@ def evaluate(
     limit: int | None = None,
     num_workers: int = 0,
     observe: Callable[[Mapping[str, Tensor]], Any] | None = None,
+    generator: torch.Generator | None = None,
 ) -> Classification:
     """Classify a data set, in order, in evaluation mode; the model's mode is restored afterwards.
+
+    The processes of a launcher take turns at the batches, and every one gets the results of all. As the batches are
+    those of one process, so are the results, to the bit.
 
     Args:
         model: images to logits, see :func:`classify`; it runs where its parameters are.
@@ -186,7 +191,10 @@ def evaluate(
         limit: the first so many images only; None for all.
         num_workers: processes that load the data.
         observe: called with each batch after its forward pass, for what else is read there (a sparse path's
-            selections, say), while the model is still in evaluation mode and without gradients.
+            selections, say), while the model is still in evaluation mode and without gradients. It sees this process's
+            batches only: :func:`entreg.distributed.in_order` puts what all of them saw in order.
+        generator: that the model draws from; seeded with each batch's number, so that a batch does not depend on those
+            before it.
 
     Returns:
         The results in the order of the data set.
@@ -202,14 +210,18 @@ def evaluate(
     if limit is not None and limit < len(dataset):
         dataset = Subset(dataset, range(limit))
     device = next(model.parameters()).device
-    loader = DataLoader(dataset, batch_size, num_workers=num_workers)
+    turns = distributed.my_turns(-(-len(dataset) // batch_size))
+    batches = [range(turn * batch_size, min((turn + 1) * batch_size, len(dataset))) for turn in turns]
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers)
     parts = []
     with evaluation_mode(model), torch.no_grad():
-        for batch in loader:
+        for turn, batch in zip(turns, loader, strict=True):
+            if generator is not None:
+                generator.manual_seed(turn)
             images = batch["images"].to(device, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
                 logits = model(images)
             parts.append(classify(logits, batch["labels"]))
             if observe is not None:
                 observe(batch)
-    return Classification.concatenate(parts)
+    return Classification.concatenate(distributed.in_order(parts))

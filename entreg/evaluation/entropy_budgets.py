@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from entreg import distributed
 from entreg.adapters import SparsifyHandle, sparsify
 from entreg.errors import ConfigError
 from entreg.evaluation.classification import evaluate
@@ -63,10 +64,16 @@ def match_sparsity(
         ConfigError: even the smallest budgets that the plan allows do not reach the sparsity.
     """
     scores: list[Tensor] = []
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator()
     with sparsify(model, plan, record=True, generator=generator) as handle:
-        evaluate(model, dataset, observe=lambda batch: scores.append(handle.selections[0].scores.cpu()), **loader)
-    joined = torch.cat(scores)
+        evaluate(
+            model,
+            dataset,
+            observe=lambda batch: scores.append(handle.selections[0].scores.cpu()),
+            generator=generator,
+            **loader,
+        )
+    joined = torch.cat(distributed.in_order(scores))
     by_budget = sparsity_by_budget(
         plan, num_tokens=joined.shape[1], num_prefix=model.num_prefix_tokens, depth=len(model.blocks)
     )

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from entreg import distributed
 from entreg.adapters import sparsify
 from entreg.adapters.language_models import require_context
 from entreg.data.language_tasks import copy_windows, needle_tasks, summary_tasks, token_windows
@@ -258,6 +259,9 @@ def evaluate_everything(
 ) -> tuple[dict[str, Any], list[Row]]:
     """Measure a model in every way that a configuration asks for.
 
+    The processes of a launcher take turns at the items of every task, and every one gets the numbers of all, those of
+    one process to the bit. Effective support and the tasks of lm-eval are measured by each process alone.
+
     Args:
         model: stock transformers decoder in evaluation mode, on its device.
         tokenizer: the model's.
@@ -279,7 +283,7 @@ def evaluate_everything(
     jobs = [("dense", 0.0, None), *plans]
     written: dict[int, list[str]] = {}
     rows = []
-    with tqdm(total=len(jobs), desc="plans", disable=None) as bar:
+    with tqdm(total=len(jobs), desc="plans", disable=None if distributed.is_first() else True) as bar:
         for name, level, plan in jobs:
             bar.set_postfix_str(f"{name} {level:g}")
             names = {"plan": name, "level": level}
@@ -332,10 +336,11 @@ def _harness_rows(model: nn.Module, handle: Any, tokenizer: Any, settings: Mappi
 
 def _loss_measures(model: nn.Module, task: Task) -> Row:
     device = next(model.parameters()).device
-    sums = [
-        token_losses(model, window[None].to(device), last=scored).double().sum().item()
-        for window, scored in zip(task.items, task.scored, strict=True)
-    ]
+    sums = _shared(
+        lambda item, scored: token_losses(model, item[None].to(device), last=scored).double().sum().item(),
+        task.items,
+        task.scored,
+    )
     loss = sum(sums) / sum(task.scored)
     measured = {
         "tokens": sum(task.scored),
@@ -346,10 +351,12 @@ def _loss_measures(model: nn.Module, task: Task) -> Row:
 
 
 def _needle_measures(model: nn.Module, task: Task) -> Row:
-    hits = [
-        torch.equal(greedy_continuation(model, one.input_ids, _length(one.answer_ids)), _flat(one.answer_ids))
-        for one in task.items
-    ]
+    hits = _shared(
+        lambda one: torch.equal(
+            greedy_continuation(model, one.input_ids, _length(one.answer_ids)), _flat(one.answer_ids)
+        ),
+        task.items,
+    )
     depths = sorted({one.depth for one in task.items})
     return {
         "tokens": sum(_length(one.answer_ids) for one in task.items),
@@ -365,7 +372,7 @@ def _needle_measures(model: nn.Module, task: Task) -> Row:
 def _summary_measures(
     model: nn.Module, tokenizer: Any, task: Task, is_dense: bool, written: dict[int, list[str]], place: int
 ) -> Row:
-    outputs = [greedy_continuation(model, one.input_ids, task.new_tokens) for one in task.items]
+    outputs = _shared(lambda one: greedy_continuation(model, one.input_ids, task.new_tokens), task.items)
     texts = [tokenizer.decode(output.tolist(), skip_special_tokens=True) for output in outputs]
     scores = rouge_l([one.reference for one in task.items], texts)
     measured = {
@@ -377,6 +384,13 @@ def _summary_measures(
         written[place] = texts
         return measured
     return {**measured, "rouge_l_to_dense": statistics.fmean(rouge_l(written[place], texts))}
+
+
+def _shared(measure: Callable[..., Any], *items: Sequence[Any]) -> list[Any]:
+    """What is measured of every item, in order; the processes of a launcher take turns."""
+    return distributed.in_order(
+        [measure(*(one[turn] for one in items)) for turn in distributed.my_turns(len(items[0]))]
+    )
 
 
 def _effective_support(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from entreg import distributed
 from entreg.adapters import probe
 from entreg.entropy import attention_row_entropy, effective_support
 from entreg.errors import ConfigError, InputError
@@ -170,20 +171,24 @@ class SparsityMeter:
         handle: of :func:`entreg.adapters.sparsify` with ``record``; None for the dense model, whose sparsity is 0.
 
     Use it as a context. Prefill (several queries) and decode (one query) are told apart; a pass counts once per
-    sequence, a layer that ran dense counts as 0.
+    sequence, a layer that ran dense counts as 0. The passes of all processes of a launcher are counted, the same ones
+    in the same way whoever made them.
     """
 
     def __init__(self, model: nn.Module, handle: Any) -> None:
         self._model, self._handle = model, handle
-        self._sums = {"prefill": [0.0, 0], "decode": [0.0, 0]}
+        self._passes: list[tuple[str, int, float]] = []
         self._hook: Any = None
 
     def __enter__(self) -> SparsityMeter:
         self._hook = self._model.base_model.register_forward_hook(self._saw)
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: Any, *_: Any) -> None:
         self._hook.remove()
+        # After an error the other processes would wait in vain.
+        if kind is None:
+            self._passes = [one for process in distributed.from_all(self._passes) for one in process]
 
     @property
     def prefill(self) -> float:
@@ -197,15 +202,15 @@ class SparsityMeter:
         return None if math.isnan(mean) else mean
 
     def _mean(self, phase: str) -> float:
-        total, count = self._sums[phase]
-        return total / count if count else math.nan
+        weights = [(batch, sparsity) for name, batch, sparsity in self._passes if name == phase]
+        count = sum(batch for batch, _ in weights)
+        # The exact sum, rounded once: it does not depend on the order.
+        return math.fsum(batch * sparsity for batch, sparsity in weights) / count if count else math.nan
 
     def _saw(self, module: nn.Module, args: Any, output: Any) -> None:
         batch, length, _ = output.last_hidden_state.shape
-        sums = self._sums["decode" if length == 1 else "prefill"]
         sparsity = 0.0
         if self._handle is not None:
             plans = [selection.plan for selection in self._handle.selections if selection.plan is not None]
             sparsity = sum(plan.sparsity for plan in plans) / self._handle.depth
-        sums[0] += batch * sparsity
-        sums[1] += batch
+        self._passes.append(("decode" if length == 1 else "prefill", batch, sparsity))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entreg import distributed
 from entreg.adapters import probe, sparsify
 from entreg.data.corrupted_sets import corrupted_dataset, open_corrupted
 from entreg.data.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES
@@ -182,8 +183,8 @@ def _accuracy_row(
 ) -> Row:
     """Accuracy of the model under one plan, what sparsity that was, and how the kept tokens overlap with the mask."""
     handle = None
+    generator = torch.Generator()
     if plan is not None:
-        generator = torch.Generator().manual_seed(0)
         handle = sparsify(model, plan, record=True, generator=generator, gate=gate)
     overlaps: list[Overlap] = []
     budgets: list[Tensor] = []
@@ -203,8 +204,10 @@ def _accuracy_row(
         overlaps.append(overlap(kept, patch_masks(batch["masks"], _grid(model), **_coverage(config))))
 
     try:
-        result = evaluate(model, dataset, observe=observe, **_loader(config))
+        result = evaluate(model, dataset, observe=observe, generator=generator, **_loader(config))
+        overlaps, budgets = distributed.in_order(overlaps), distributed.in_order(budgets)
         image = dataset[0]["images"][None].to(next(model.parameters()).device)
+        generator.manual_seed(0)
         sparsity = 0.0 if handle is None else handle.realised_sparsity(image)
     finally:
         if handle is not None:
@@ -225,7 +228,7 @@ def _localisation_rows(model: nn.Module, dataset: Any, config: Mapping[str, Any]
     scores = config["localisation"]["scores"]
     found: dict[tuple[str, int | str], list[Overlap]] = {}
     captures = probe(model)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator()
 
     def observe(batch: Mapping[str, Tensor]) -> None:
         covered = patch_masks(batch["masks"], _grid(model), config["localisation"]["coverage"])
@@ -249,12 +252,12 @@ def _localisation_rows(model: nn.Module, dataset: Any, config: Mapping[str, Any]
             found.setdefault((score, "mean"), []).append(localise(mean, covered)["matched_area"])
 
     try:
-        evaluate(model, dataset, observe=observe, **_loader(config))
+        evaluate(model, dataset, observe=observe, generator=generator, **_loader(config))
     finally:
         captures.remove()
     rows = []
-    for (score, layer), overlaps in found.items():
-        means = _mean_overlap(overlaps)
+    for score, layer in [(score, layer) for score in scores for layer in (*range(len(model.blocks)), "mean")]:
+        means = _mean_overlap(distributed.in_order(found.get((score, layer), [])))
         rows.append(
             {
                 **_NO_CHOICE,
