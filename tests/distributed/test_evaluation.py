@@ -1,0 +1,22 @@
+"""Evaluation by two processes gives the numbers of one, bit for bit, whatever the size of the data set."""
+
+import json
+
+import pytest
+
+from tests.distributed.evaluations import SIZES, everything
+from tests.distributed.launch import launch
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(tmp_path):
+    done = launch("-m", "tests.distributed.evaluations", tmp_path)
+    assert done.returncode == 0, done.stderr
+    alone = everything()
+    # Every process knows everything: what is decided by it is then decided alike.
+    assert (tmp_path / "0.json").read_text() == alone
+    assert (tmp_path / "1.json").read_text() == alone
+    # The comparison is one of numbers that differ from size to size.
+    found = json.loads(alone)
+    losses = {str(found[str(size)][part]) for size in SIZES for part in (0, 1)}
+    assert len(losses) == 2 * len(SIZES)
