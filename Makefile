@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # CONSTRAINTS= (empty) lets pip choose within the ranges of pyproject.toml, e.g. for another CUDA build of torch.
 CONSTRAINTS ?= constraints.txt
-EXTRAS ?= vision,llm,sweeps,dev
+EXTRAS ?= vision,llm,tracking,sweeps,dev
 # Where records are read from by `make tables`: results/runs (the reference) or outputs/runs (your own).
 RECORDS ?= results/runs
 # offline: data that come as packages, minutes on a CPU. paper: the paper's data set and model, one or more GPUs.

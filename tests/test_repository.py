@@ -24,8 +24,8 @@ def test_conda_environment_carries_the_constraints():
 
 def test_constraints_pin_every_direct_dependency_that_make_setup_installs():
     project = (ROOT / "pyproject.toml").read_text()
-    # flash needs a CUDA compiler, tracking is not installed by make setup.
-    skipped = {"flash-attn", "wandb", "entreg", "setuptools"}
+    # flash needs a CUDA compiler.
+    skipped = {"flash-attn", "entreg", "setuptools"}
     names = set(re.findall(r'"([A-Za-z0-9_-]+)>=', project)) - skipped
     pinned = {re.split("==", pin)[0].lower() for pin in constraint_pins()}
     assert {name.lower() for name in names} <= pinned

@@ -13,7 +13,7 @@ from entreg.records import environment
 from tests.records.samples import sample_record
 
 # Tools of development that take no part in any result.
-NOT_RECORDED = {"pytest", "hypothesis", "ruff", "nbclient", "ipykernel", "entreg"}
+NOT_RECORDED = {"pytest", "hypothesis", "ruff", "nbclient", "ipykernel", "pexpect", "pyte", "tensorboard", "entreg"}
 
 
 @pytest.fixture
