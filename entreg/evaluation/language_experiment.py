@@ -33,6 +33,7 @@ from entreg.evaluation.language_evaluation import (
 from entreg.evaluation.studies import NOT_RECORDED, chosen_device, last_step, scaled_trainer
 from entreg.records.record import config_hash, new_record
 from entreg.sparse import DecoderSparsity, sparsity_from_mapping
+from entreg.training.checkpoints import load_model_weights
 from entreg.training.language import (
     LanguageObjective,
     TokenWindows,
@@ -40,7 +41,7 @@ from entreg.training.language import (
     merge_low_rank,
     prepare_language_training,
 )
-from entreg.training.loop import TrainingSettings, train, training_settings_from_mapping
+from entreg.training.loop import TrainingResult, TrainingSettings, train, training_settings_from_mapping
 from entreg.training.penalties import Penalties, penalty_from_mapping
 from entreg.training.vision import frozen_copy, prepare_penalties
 
@@ -187,7 +188,12 @@ def run_language(run: LanguageRun, command: str) -> dict[str, Any]:
     language = _load(run)
     check_model(language.model, language.name, evaluation)
     tasks = open_tasks(evaluation, corpora, language.tokenizer)
-    metrics = _train_further(run, language, corpora.get(("text", "train")))
+    metrics, trained = _train_further(run, language, corpora.get(("text", "train")))
+    if trained is not None and trained.sharded:
+        # Every process evaluates by itself, with all weights: the same model once more, and its checkpoint.
+        language = _load(run)
+        prepare_language_training(language.model, run.config["training"]["adaptation"])
+        load_model_weights(language.model, trained.checkpoint)
     language.model.to(run.config["device"], getattr(torch, run.config["model"]["dtype"])).eval()
     measured, rows = evaluate_everything(language.model, language.tokenizer, tasks, evaluation)
     return new_record(
@@ -227,11 +233,13 @@ def _load(run: LanguageRun) -> LanguageModel:
     return replace(language, tokenizer=ByT5Tokenizer())
 
 
-def _train_further(run: LanguageRun, language: LanguageModel, text: Corpus | None) -> dict[str, Any]:
-    """The method's training, in place; low-rank weights are merged at its end."""
+def _train_further(
+    run: LanguageRun, language: LanguageModel, text: Corpus | None
+) -> tuple[dict[str, Any], TrainingResult | None]:
+    """The method's training, in place, its metrics and what it left; low-rank weights are merged at its end."""
     settings = _settings(run)
     if settings.steps == 0:
-        return {"training_seconds": 0.0, "training_steps": 0}
+        return {"training_seconds": 0.0, "training_steps": 0}, None
     model, training, regularizer = language.model, run.config["training"], run.config["regularizer"]
     windows = token_windows(text, language.tokenizer, training["context"], count=None, seed=settings.seed)
     penalties = _penalties(run)
@@ -270,7 +278,10 @@ def _train_further(run: LanguageRun, language: LanguageModel, text: Corpus | Non
             if handle is not None:
                 handle.remove()
     merge_low_rank(model)
-    return {"training_seconds": result.seconds, "training_steps": result.steps, **last_step(result.history)}
+    return (
+        {"training_seconds": result.seconds, "training_steps": result.steps, **last_step(result.history)},
+        result,
+    )
 
 
 def _describe(run: LanguageRun, corpora: Mapping[tuple[str, str], Corpus]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from entreg.training.checkpoints import (
 )
 from entreg.training.progress import LossMeter, MetricsLog
 from entreg.training.settings import TrainingSettings, training_settings_from_mapping
+from entreg.training.sharding import check_sharding, is_sharded, shard, sharding_wanted
 from entreg.training.state import TrainingState
 
 __all__ = ["TrainingResult", "TrainingSettings", "train", "training_settings_from_mapping"]
@@ -60,6 +61,7 @@ class TrainingResult:
             the model was evaluated, ``evaluation/<name>``. Empty in all processes but the first.
         directory: of the run: ``metrics.jsonl`` and ``checkpoints/``.
         checkpoint: folder of the final checkpoint.
+        sharded: whether each process's model holds a part of the weights only: all of them are in the checkpoint.
     """
 
     steps: int
@@ -67,6 +69,7 @@ class TrainingResult:
     history: list[dict[str, Any]]
     directory: Path
     checkpoint: Path
+    sharded: bool = False
 
 
 def train(
@@ -86,7 +89,8 @@ def train(
     """Train a model in place.
 
     Under ``torchrun`` or ``accelerate launch`` every process calls it alike; the first one writes. The weights are
-    then, up to rounding, those of one process with the same global batch, unless the model draws random numbers.
+    then, up to rounding, those of one process with the same global batch, unless the model draws random numbers. Where
+    the launcher asks for fully sharded training, see :mod:`entreg.training.sharding`, the model is left sharded.
 
     Args:
         model: moved to the device, left there in evaluation mode, with the averaged weights when there are any.
@@ -152,14 +156,21 @@ class _Run:
         self.objective, self.data, self.settings = objective, data, settings
         self.directory, self.evaluate = directory, evaluate
         # Autocast is entered around the whole objective, so accelerate must not wrap the model for it.
-        self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
+        # Without a GPU, accelerate would let every process train by itself unless it is told.
+        self.accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
         processes = self.accelerator.num_processes
         self.num_parts = settings.parts(processes)
         first = self.accelerator.process_index * settings.gradient_accumulation
         self.parts = range(first, first + settings.gradient_accumulation)
         alone_on_cpu = processes == 1 and self.accelerator.device.type == "cpu"
         self.meter = LossMeter(self.accelerator, 1 if alone_on_cpu else settings.log_every)
-        model.to(self.accelerator.device)
+        self.sharded = sharding_wanted()
+        if self.sharded:
+            extra_parameters = list(extra_parameters)
+            check_sharding(model, extra_parameters, settings, evaluate is not None)
+            shard(model, self.accelerator.device)
+        else:
+            model.to(self.accelerator.device)
         self.state = TrainingState(model, extra_parameters, objective, settings, self.meter)
         self.mixing = None
         if settings.mixes:
@@ -195,7 +206,7 @@ class _Run:
         self.state.use_average()
         self.state.model.eval()
         rows = self.log.rows if self.log is not None else []
-        return TrainingResult(self.state.done, self.state.seconds, rows, self.directory, self.last_good)
+        return TrainingResult(self.state.done, self.state.seconds, rows, self.directory, self.last_good, self.sharded)
 
     def _train(self) -> None:
         state, settings, accelerator = self.state, self.settings, self.accelerator
@@ -209,7 +220,8 @@ class _Run:
         )
         on_gpu = accelerator.device.type == "cuda"
         batches = iter(batch_loader(self.data, positions, num_workers=settings.num_workers, pin=on_gpu))
-        model = accelerator.prepare_model(state.model) if accelerator.num_processes > 1 else state.model
+        alone = accelerator.num_processes == 1 or self.sharded
+        model = state.model if alone else accelerator.prepare_model(state.model)
         state.model.train()
         self.began = time.perf_counter() - state.seconds
         with tqdm(
@@ -248,6 +260,7 @@ class _Run:
                 if parameter.grad is not None:
                     parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
         norm = get_total_norm([parameter.grad for parameter in state.trained if parameter.grad is not None])
+        norm = norm.full_tensor() if is_sharded(norm) else norm
         self.meter.add(step, losses, numbers, norm)
         # Whatever reports or saves this step must know that it was good.
         if any(
@@ -279,7 +292,10 @@ class _Run:
 
     def _gradients_stay_here(self, model: nn.Module, part: int) -> contextlib.AbstractContextManager[Any]:
         """Gradients of several processes are added up once per step, after the last part."""
-        if self.accelerator.num_processes == 1 or part == self.parts[-1]:
+        last = part == self.parts[-1]
+        if self.sharded:
+            model.set_requires_gradient_sync(last)
+        if self.accelerator.num_processes == 1 or self.sharded or last:
             return contextlib.nullcontext()
         return self.accelerator.no_sync(model)
 
@@ -315,15 +331,9 @@ class _Run:
         return {f"evaluation/{name}": float(value) for name, value in numbers.items()}
 
     def _save(self) -> None:
-        if self.accelerator.is_main_process:
-            self.state.save(self.checkpoints, self.identity, self.settings.keep_checkpoints)
+        self.state.save(self.checkpoints, self.identity, self.settings.keep_checkpoints)
         self.accelerator.wait_for_everyone()
         self.last_good = checkpoint_folder(self.checkpoints, self.state.done)
-
-    def _kept(self) -> str:
-        return (
-            "there is no checkpoint yet" if self.last_good is None else f"the last good checkpoint is {self.last_good}"
-        )
 
     def _newest_checkpoint(self) -> Checkpoint | None:
         """The newest undamaged checkpoint, chosen by the first process for all."""

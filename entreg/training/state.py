@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entreg import distributed
 from entreg.compat import ensure_torchvision
 from entreg.errors import ConfigError
 from entreg.training.checkpoints import Checkpoint, frozen_record, save_checkpoint
 from entreg.training.progress import LossMeter
 from entreg.training.settings import TrainingSettings
+from entreg.training.sharding import part_of, whole
 from entreg.weights import frozen_weights
 
 _SCHEDULES = {"cosine": "cosine", "linear": "poly", "constant": "step"}
@@ -104,7 +106,7 @@ class TrainingState:
             self._weights.load_state_dict(self.averaged.module.state_dict())
 
     def save(self, root: Path, identity: Mapping[str, Any], keep: int) -> None:
-        """Write a checkpoint.
+        """Write a checkpoint; every process calls it, the first one writes.
 
         Args:
             root: folder of the run's checkpoints.
@@ -114,7 +116,7 @@ class TrainingState:
         averaged = None if self.averaged is None else self.averaged.module
         state = {
             "identity": identity,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole(self.optimizer.state_dict()),
             "extra": [parameter.detach() for parameter in self.extra],
             "averaged_extra": None if averaged is None else [value.detach() for value in averaged["extra"]],
             "meter": self.meter.state_dict(),
@@ -122,14 +124,16 @@ class TrainingState:
             "objective": self.objective.state_dict() if hasattr(self.objective, "state_dict") else None,
             "frozen": frozen_record(self._frozen),
         }
-        save_checkpoint(
-            root,
-            self.done,
-            self._kept(self.model),
-            state,
-            averaged=None if averaged is None else self._kept(averaged["model"]),
-            keep=keep,
-        )
+        weights = whole(self._kept(self.model))
+        if distributed.is_first():
+            save_checkpoint(
+                root,
+                self.done,
+                weights,
+                state,
+                averaged=None if averaged is None else self._kept(averaged["model"]),
+                keep=keep,
+            )
 
     def restore(self, found: Checkpoint, identity: Mapping[str, Any]) -> None:
         """Go back to a checkpoint.
@@ -145,10 +149,18 @@ class TrainingState:
                 f"The checkpoint {found.path} is of another run: {reason}; choose another folder, or start again with "
                 "resume=null."
             )
+        own = self.model.state_dict()
         # Not strict: frozen parameters, which are not in it, are where they belong.
-        self.model.load_state_dict(found.model, strict=False)
+        self.model.load_state_dict(
+            {name: part_of(value, own[name]) for name, value in found.model.items()}, strict=False
+        )
         _copy(self.extra, found.state["extra"])
-        self.optimizer.load_state_dict(found.state["optimizer"])
+        parameters = [one for group in self.optimizer.param_groups for one in group["params"]]
+        kept = {
+            index: {name: part_of(value, parameters[index]) for name, value in values.items()}
+            for index, values in found.state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict({**found.state["optimizer"], "state": kept})
         if self.averaged is not None:
             self.averaged.module["model"].load_state_dict(found.averaged, strict=False)
             _copy(self.averaged.module["extra"], found.state["averaged_extra"])
