@@ -6,6 +6,7 @@ file system. Whatever goes wrong on the way, the target stays as it was and no t
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -66,8 +67,11 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
 def folder_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to be filled that takes the name ``path`` only when the block ends without an exception.
 
+    Several processes may do this to one path at once: the folder is then one of theirs, whole.
+
     Args:
-        path: target folder; one that exists is replaced.
+        path: target folder; one that exists is replaced. (A reader may find neither for a moment: file systems cannot
+            replace a folder in one step.)
 
     Yields:
         An empty folder beside the target.
@@ -76,29 +80,71 @@ def folder_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         OutputError: something cannot be written, also by the block itself. No temporary folder is left.
     """
     target = Path(path)
-    temporary = None
+    temporary = lock = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:80]}.", suffix=".tmp", dir=target.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:80]}.", suffix=".new", dir=target.parent))
+        # Tells remove_abandoned that this process is alive; the system takes it away when the process dies.
+        lock = _lock(temporary)
+        temporary = temporary.rename(temporary.with_suffix(".tmp"))
         yield temporary
         for file in temporary.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
         os.chmod(temporary, 0o777 & ~_umask())
         _sync_folder(temporary)
-        # A folder cannot be replaced in one step unless it is empty.
-        old = temporary.with_suffix(".old.tmp")
-        if target.exists():
-            os.replace(target, old)
-        os.replace(temporary, target)
+        _put_in_place(temporary, target)
         temporary = None
         _sync_folder(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise OutputError(_sentence(target, error)) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Gives a folder its name, whatever has it now; what has it stays when that fails."""
+    old = temporary.with_suffix(".old.tmp")
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(target, old)
+        try:
+            os.replace(temporary, target)
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                with contextlib.suppress(OSError):
+                    os.replace(old, target)
+                raise
+            # Another process has put its own there since.
+        else:
+            return
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder; its name goes first, so that a process killed meanwhile leaves no half of it under its name."""
+    going = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
+        os.replace(path, going)
+        shutil.rmtree(going, ignore_errors=True)
+
+
+def remove_abandoned(parent: Path, name: str) -> None:
+    """Removes what killed processes have left of folders that they wrote or removed, not what others write now.
+
+    Args:
+        parent: of these folders.
+        name: pattern of the names that the folders were to have or had.
+    """
+    for path in parent.glob(f".{name}.tmp"):
+        lock = _lock(path) if path.is_dir() else None
+        if lock is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
 
 
 def require_writable(folder: str | os.PathLike[str]) -> None:
@@ -109,6 +155,20 @@ def require_writable(folder: str | os.PathLike[str]) -> None:
     """
     probe = write_bytes_atomic(Path(folder) / f".writable-{os.getpid()}", b"?")
     probe.unlink(missing_ok=True)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock; None if another process has it or the file system knows none."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _umask() -> int:

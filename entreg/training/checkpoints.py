@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from entreg.atomic import folder_atomic
+from entreg.atomic import folder_atomic, remove_abandoned, remove_folder
 from entreg.errors import AssetError, ConfigError, InputError, OutputError
 from entreg.weights import load_weights, weights_difference, weights_fingerprint
 
@@ -119,10 +118,10 @@ def save_checkpoint(
         }
         (folder / STATE).write_text(json.dumps({**content, "checksum": _own_checksum(content)}), encoding="utf-8")
     if keep is not None:
+        for path in _folders(root)[keep:]:
+            remove_folder(path)
         # What a killed run was writing is of no use to anybody.
-        leftovers = [path for path in root.glob(".step-*.tmp") if path.is_dir()]
-        for path in [*leftovers, *_folders(root)[keep:]]:
-            shutil.rmtree(path, ignore_errors=True)
+        remove_abandoned(root, "step-*")
     return target
 
 
@@ -175,7 +174,7 @@ def remove_checkpoints(root: Path, after: int) -> None:
     """Remove the checkpoints of a run after a step; -1 for all."""
     for folder in _folders(root):
         if _step(folder) > after:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_folder(folder)
 
 
 def load_model_weights(model: nn.Module, source: str | Path) -> None:

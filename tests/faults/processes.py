@@ -1,0 +1,113 @@
+"""Work done in processes of their own that can be killed: forked from a server that has imported everything already."""
+
+import contextlib
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import time
+import traceback
+
+import numpy as np
+
+CONTEXT = multiprocessing.get_context("forkserver")
+# Without them, every process would spend seconds on imports, and most kills would hit those.
+CONTEXT.set_forkserver_preload(["pytest", "tests.faults.victims"])
+
+
+def _quietly(log, function, arguments):
+    """Runs the function with both outputs in a file, as a shell's ``>log 2>&1``."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = (os.fdopen(one, "w", closefd=False, encoding="utf-8") for one in (1, 2))
+    try:
+        function(*arguments)
+    except SystemExit:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def start(log, function, *arguments):
+    """A running process; ``log`` gets what it prints."""
+    process = CONTEXT.Process(target=_quietly, args=(str(log), function, arguments))
+    process.start()
+    return process
+
+
+def finish(process, log, limit=120):
+    """Waits for a process; gives its exit status and what it printed."""
+    process.join(limit)
+    assert process.exitcode is not None, f"still running after {limit} s: {log.read_text()}"
+    return process.exitcode, log.read_text(encoding="utf-8")
+
+
+def run_script(log, name, *arguments):
+    """``python scripts/<name>.py <arguments>`` in a process of its own; gives its exit status and what it printed."""
+    return finish(start(log, _script, name, arguments), log)
+
+
+def _script(name, arguments):
+    path = os.path.join("scripts", f"{name}.py")
+    sys.argv = [path, *arguments]
+    sys.path.insert(0, "scripts")
+    runpy.run_path(path, run_name="__main__")
+
+
+def killed_at_random_moments(folder, function, *, kills, check, seed):
+    """Kill -9 at moments spread over an undisturbed run's duration, each time starting again in the same folder.
+
+    Args:
+        folder: of the test; ``function(folder / "halves")`` is what is killed.
+        function: to be run; ``function(folder / "whole")`` is the undisturbed run.
+        kills: how many have to hit.
+        check: ``check(folder / "halves")``, called after every kill and at the end.
+        seed: of the moments.
+
+    Returns:
+        Number of runs that ended before their kill came, after which the folder is cleared.
+    """
+    log, whole, halves = folder / "log", folder / "whole", folder / "halves"
+    # The second run says how long one takes: the first one also starts the server.
+    for directory in (folder / "first", whole):
+        began = time.perf_counter()
+        status, text = finish(start(log, function, directory), log)
+        length = time.perf_counter() - began
+        assert status == 0, text
+    moments = np.random.default_rng(seed).uniform(0.0, length, 10 * kills)
+    hits = ended = 0
+    for moment in moments:
+        process = start(log, function, halves)
+        time.sleep(moment)
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL), log.read_text()
+        check(halves)
+        if process.exitcode == 0:
+            ended += 1
+            halves.rename(folder / f"ended-{ended}")
+        hits += process.exitcode != 0
+        if hits == kills:
+            break
+    assert hits == kills
+    status, text = finish(start(log, function, halves), log)
+    assert status == 0, text
+    check(halves)
+    return ended
+
+
+@contextlib.contextmanager
+def together(log_folder, number, function, *arguments):
+    """The same work in several processes at once; yields while they run, and wants all to succeed."""
+    logs = [log_folder / f"log-{place}" for place in range(number)]
+    running = [start(log, function, *arguments, place) for place, log in enumerate(logs)]
+    yield running
+    for process, log in zip(running, logs, strict=True):
+        status, text = finish(process, log)
+        assert status == 0, text
