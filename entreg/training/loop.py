@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -44,9 +44,26 @@ from entreg.training.settings import TrainingSettings, training_settings_from_ma
 from entreg.training.sharding import check_sharding, is_sharded, shard, sharding_wanted
 from entreg.training.state import TrainingState
 
+if TYPE_CHECKING:
+    from entreg.tracking import Tracker
+
 __all__ = ["TrainingResult", "TrainingSettings", "train", "training_settings_from_mapping"]
 
 Objective = Callable[[nn.Module, Mapping[str, Any], int], tuple[Tensor, Mapping[str, Any]]]
+
+
+class Watch(Protocol):
+    """Looks at a model from time to time, for a tracker; nothing that it does reaches the training.
+
+    Attributes:
+        every: steps between two looks; there is one at the end, too. None: never.
+    """
+
+    every: int | None
+
+    def __call__(self, model: nn.Module, step: int) -> None:
+        """Look at a model in evaluation mode, without gradients, after so many steps."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,8 @@ def train(
     augment: Callable[[Tensor], Tensor] | None = None,
     configuration: Mapping[str, Any] | None = None,
     device: str = "auto",
+    tracker: Tracker | None = None,
+    watch: Watch | None = None,
 ) -> TrainingResult:
     """Train a model in place.
 
@@ -110,6 +129,8 @@ def train(
         augment: see :class:`entreg.training.batches.PositionedDataset`.
         configuration: plain values, besides the settings, without which a run must not be resumed.
         device: ``auto`` (an accelerator if there is one), ``cpu`` or ``cuda``.
+        tracker: told, by the first process, the rows of the log as they come; of a resumed run, the rows before.
+        watch: called by all processes with the averaged model, if any.
 
     Returns:
         What was trained and where it lies.
@@ -129,7 +150,9 @@ def train(
         raise ConfigError("training needs at least one step, got steps: 0")
     with _gradient_checkpointing(model, settings.gradient_checkpointing), kept_random_state(cuda=True):
         data = PositionedDataset(dataset, settings.seed, augment)
-        run = _Run(model, objective, data, settings, Path(directory), extra_parameters, evaluate, device)
+        run = _Run(
+            model, objective, data, settings, Path(directory), extra_parameters, evaluate, device, tracker, watch
+        )
         identity = {
             "settings": settings.deciding(),
             "data": {"items": len(data)},
@@ -152,9 +175,12 @@ class _Run:
         extra_parameters: Iterable[nn.Parameter],
         evaluate: Callable[[nn.Module, int], Mapping[str, float]] | None,
         device: str,
+        tracker: Tracker | None,
+        watch: Watch | None,
     ) -> None:
         self.objective, self.data, self.settings = objective, data, settings
         self.directory, self.evaluate = directory, evaluate
+        self.tracker, self.watch = tracker, watch
         # Autocast is entered around the whole objective, so accelerate must not wrap the model for it.
         # Without a GPU, accelerate would let every process train by itself unless it is told.
         self.accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
@@ -197,6 +223,8 @@ class _Run:
             # What lies after the step that the run goes on from is damaged, or of a run that is to start again.
             remove_checkpoints(self.checkpoints, after=self.state.done if found is not None else -1)
             self.log = MetricsLog(self.directory / "metrics.jsonl", self.state.done)
+            if self.tracker is not None:
+                self.tracker.begin(self.log.rows)
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> TrainingResult:
@@ -240,6 +268,9 @@ class _Run:
                     kept = f"the last good checkpoint is {self.last_good}" if self.last_good else "no checkpoint yet"
                     raise TrainingError(f"Training stopped: {error}; {kept}.") from error
                 self._report(bar)
+                if self.watch is not None and self.watch.every is not None and self._due(self.watch.every, state.done):
+                    with self._judged() as judged:
+                        self.watch(judged, state.done)
                 state.seconds = time.perf_counter() - self.began
                 if self._due(settings.checkpoint_every, state.done):
                     self._save()
@@ -317,18 +348,27 @@ class _Run:
             return
         row = {"step": state.done, **self.meter.means(), "learning_rate": state.learning_rate}
         if self.log is not None:
-            self.log.append({**row, "seconds": time.perf_counter() - self.began, **evaluated})
+            row |= {"seconds": time.perf_counter() - self.began, **evaluated}
+            self.log.append(row)
+            if self.tracker is not None:
+                self.tracker.log(row, state.done)
             bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
 
     def _evaluated(self) -> dict[str, float]:
+        with self._judged() as model:
+            numbers = self.evaluate(model, self.state.done)
+        return {f"evaluation/{name}": float(value) for name, value in numbers.items()}
+
+    @contextlib.contextmanager
+    def _judged(self) -> Iterator[nn.Module]:
+        """The averaged model, if any, in evaluation mode and without gradients; then every module as it was."""
         model = self.state.best_model
         modes = {module: module.training for module in model.modules()}
         model.eval()
         with torch.no_grad():
-            numbers = self.evaluate(model, self.state.done)
+            yield model
         for module, mode in modes.items():
             module.training = mode
-        return {f"evaluation/{name}": float(value) for name, value in numbers.items()}
 
     def _save(self) -> None:
         self.state.save(self.checkpoints, self.identity, self.settings.keep_checkpoints)
