@@ -25,24 +25,17 @@ Without Hydra (a bare GPU machine needs torch, transformers, numpy, numba, scipy
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from entreg.adapters import sparsify
 from entreg.adapters.growing_cache import require_full_attention
-from entreg.adapters.handles import DecoderSparsifyHandle
 from entreg.adapters.language_models import (
-    ARCHITECTURES,
     DTYPES,
     LanguageModel,
     load_language_model,
@@ -51,89 +44,38 @@ from entreg.adapters.language_models import (
 )
 from entreg.atomic import require_writable
 from entreg.errors import ConfigError, InputError
-from entreg.evaluation.language_steps import (
-    FREE,
-    GROUPED,
-    PRODUCTS,
-    Choosing,
-    DecoderSizes,
-    Decoding,
-    FilledCache,
-    Prefill,
-    seen_by_layers,
+from entreg.evaluation.language_candidates import (
+    DENSE,
+    DENSE_DECODING,
+    FREE_METHOD,
+    UNFUSED,
+    Cell,
+    candidates_of,
+    device_memory,
+    steps_of,
+    with_attention,
 )
+from entreg.evaluation.language_speed_settings import (
+    cells_of,
+    checked_models,
+    phases_within,
+    require_possible_architecture,
+)
+from entreg.evaluation.language_steps import FREE, DecoderSizes
 from entreg.evaluation.regularizer_cost import peak_memory
-from entreg.evaluation.speed_models import amdahl_bound, shared_copy, speed_device
+from entreg.evaluation.speed_models import amdahl_bound, speed_device
 from entreg.evaluation.timing import Timing, interleaved_timings, warm_up
 from entreg.records.record import new_record
 from entreg.records.store import RecordStore
-from entreg.sparse import DecoderSparsity, recorded_kernels, sparsity_from_mapping
 
 EXPERIMENT = "llm/speed"
-PHASES = ("prefill", "decode")
 COMPILATIONS = ("none", "default", "reduce-overhead")
-DENSE = "dense"
-FREE_METHOD = "attention for free"
 _CHOOSING = "choosing of "
 # Fewer rounds tell no median from an outlier.
 _LEAST_ROUNDS = 3
 # The second call may compile once more, when it finds what the first one left; graphs are recorded after that.
 _COMPILING_CALLS = 3
-# Calls whose tokens differ from each other.
-_TOKEN_SETS = 4
-# Dense decoding: attention implementation and cache by the name of the row that is not the fastest.
-_UNFUSED = "dense_grouped_products"
-_DENSE_DECODING = {
-    "dense_dynamic_cache": ("sdpa", "dynamic"),
-    "dense_static_cache": ("sdpa", "static"),
-    "dense_growing_cache": ("sdpa", "growing"),
-    "dense_grouped_heads": (GROUPED, "growing"),
-    _UNFUSED: (PRODUCTS, "static"),
-}
-# Of the largest output of the first layer's attention. All that follows amplifies rounding: in bfloat16 the logits of
-# two fused kernels of torch, on a cache of made-up keys and values, are 0.2 apart after 30 layers.
-_TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
-
-# Also where it is installed: with the transformers that it asks for, this package does not work.
 _KVPRESS = "kvpress 0.5 needs transformers below 5.3; it decodes as dense attention does with a cache of fewer keys"
-
-Step = Prefill | Decoding
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What is timed against each other: one phase, context and batch."""
-
-    phase: str
-    context: int
-    batch: int
-
-    def __str__(self) -> str:
-        return f"{self.phase}, context {self.context}, batch {self.batch}"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way through the model that is timed.
-
-    Attributes:
-        method: ``dense``, a plan's name, or what a dense variant is called.
-        role: ``baseline``, ``ours``, ``rival`` or ``bound`` (attention that costs nothing).
-        step: what is timed.
-        kernel: attention kernels of one pass and how often they run, see :func:`entreg.sparse.recorded_kernels`, or the
-            name of the backend; recorded uncompiled. ``math`` beside another kernel is the softmax of a selection.
-        sparsity: realised, over all layers.
-        cache: of decoding, one of :data:`~entreg.evaluation.language_steps.CACHES`.
-        choosing: of a plan: its choice alone.
-    """
-
-    method: str
-    role: str
-    step: Step
-    kernel: str
-    sparsity: float
-    cache: str | None = None
-    choosing: Choosing | None = None
 
 
 def run_language_speed(
@@ -203,7 +145,7 @@ def run_language_speed(
             "device": device,
             "profile": profile["name"],
         }
-        for name, model in _checked_models(models, limits).items()
+        for name, model in checked_models(models, limits).items()
         for phase, sizes in phases_within(phases, speed.get("max_context"), tokens_per_call).items()
         for dtype in speed.get("dtypes") or dtypes
         for compilation in compilations
@@ -216,7 +158,7 @@ def run_language_speed(
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got '{config['dtype']}'")
         if config["compilation"] not in COMPILATIONS:
             raise ConfigError(f"compilation must be one of {', '.join(COMPILATIONS)}, got '{config['compilation']}'")
-        _require_possible_architecture(config)
+        require_possible_architecture(config)
     require_writable(store)
     records = RecordStore(store)
     paths = []
@@ -243,14 +185,12 @@ def run(config: Mapping[str, Any], *, command: str = "", scale: str = "offline")
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
             torch.manual_seed(config["seed"])
             loaded = _load(config)
-            cells = list(_cells(config["phases"]))
+            cells = list(cells_of(config["phases"]))
             _require_possible_model(loaded, cells)
             left_out = _too_large(loaded.model, cells, device)
             kept = [cell for cell in cells if str(cell) not in left_out]
             _announce(loaded.model, config, kept, device)
-            not_run = {
-                "kvpress": "kvpress 0.5 needs transformers below 5.3; it decodes with a dense cache of fewer keys"
-            }
+            not_run = {"kvpress": _KVPRESS}
             rows = [row for cell in kept for row in measure(loaded.model, cell, config, device, not_run)]
         threads = torch.get_num_threads()
     finally:
@@ -286,36 +226,6 @@ def run(config: Mapping[str, Any], *, command: str = "", scale: str = "offline")
     )
 
 
-def phases_within(
-    phases: Mapping[str, Mapping[str, Sequence[int]] | None], max_context: int | None, tokens_per_call: int
-) -> dict[str, dict[str, list[int]]]:
-    """The phases that are measured, contexts above a limit cut to it.
-
-    Raises:
-        ConfigError: an unknown phase, none, or contexts, batches or tokens per call that are impossible.
-    """
-    found = {}
-    for phase, sizes in phases.items():
-        if phase not in PHASES:
-            raise ConfigError(f"there is no phase '{phase}' of the speed benchmark; the phases are {', '.join(PHASES)}")
-        if sizes is None:
-            continue
-        if set(sizes) != {"contexts", "batches"} or not sizes["contexts"] or not sizes["batches"]:
-            raise ConfigError(f"phase '{phase}' must have contexts and batches, at least one of each")
-        contexts = sorted(
-            {context if max_context is None else min(context, max_context) for context in sizes["contexts"]}
-        )
-        found[phase] = {"contexts": contexts, "batches": list(sizes["batches"])}
-        least = tokens_per_call + 1 if phase == "decode" else 2
-        if tokens_per_call < 1 or contexts[0] < least or min(sizes["batches"]) < 1:
-            raise ConfigError(
-                f"phase '{phase}' needs contexts of at least {least} tokens, batches and tokens_per_call of at least 1"
-            )
-    if not found:
-        raise ConfigError("the speed benchmark needs a phase: prefill, decode or both")
-    return found
-
-
 def measure(
     model: nn.Module, cell: Cell, config: Mapping[str, Any], device: torch.device, not_run: dict[str, str]
 ) -> list[dict[str, Any]]:
@@ -332,7 +242,7 @@ def measure(
         if config["compilation"] != "none":
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=256))
             torch.compiler.reset()
-        candidates = list(_candidates(model, cell, config, not_run))
+        candidates = list(candidates_of(model, cell, config, not_run))
         steps: dict[str, Callable[[], object]] = {one.method: one.step for one in candidates}
         steps |= {_CHOOSING + one.method: one.choosing for one in candidates if one.choosing is not None}
         if config["compilation"] != "none":
@@ -355,7 +265,7 @@ def measure(
     if cell.phase == "decode":
         dense = [one.method for one in candidates if one.role == "baseline"]
         fastest = min(dense, key=lambda name: timings[name].median)
-        fused = min((name for name in dense if name != _UNFUSED), key=lambda name: timings[name].median)
+        fused = min((name for name in dense if name != UNFUSED), key=lambda name: timings[name].median)
     free = timings[FREE_METHOD].median
     rows = []
     for one in candidates:
@@ -393,194 +303,11 @@ def measure(
     return sorted(rows, key=lambda row: row["method"] != DENSE)
 
 
-def _candidates(
-    model: nn.Module, cell: Cell, config: Mapping[str, Any], not_run: dict[str, str]
-) -> Iterator[Candidate]:
-    make_step = _steps_of(model, cell, config)
-    dense = list(_dense_variants(model, cell, config, not_run))
-    stock = _with_attention(model, "sdpa")
-    reference_step = make_step(stock, "growing")
-    reference = reference_step()
-    nothing_left_out = _with_attention(model, "sdpa")
-    sparsify(nothing_left_out, 0.0)
-    if not torch.equal(make_step(nothing_left_out, "growing")(), reference):
-        raise RuntimeError(f"{cell}: the sparse path at sparsity 0 differs from stock SDPA")
-    seen = seen_by_layers(stock, make_step(stock, "growing"))
-    first = _first_attention(stock, make_step(stock, "growing"))
-    for method, variant, cache in dense:
-        step = make_step(variant, cache)
-        deviation = (_first_attention(variant, step) - first).abs().max()
-        if deviation > _TOLERANCES[config["dtype"]] * first.abs().max():
-            raise RuntimeError(f"{cell}: the attention of '{method}' is not that of stock SDPA")
-        _, kernel = _recorded(make_step(variant, cache))
-        if method == "dense_flash_attention_2":
-            kernel = "flash-attn"
-        yield Candidate(
-            method, "baseline", _compiled(variant, cache, make_step, config), kernel, 0.0, _cache(cell, cache)
-        )
-    for role, plans in (("ours", config["plans"]), ("rival", config["rivals"])):
-        for method, values in plans.items():
-            plan = sparsity_from_mapping(values)
-            variant = _with_attention(model, "sdpa")
-            handle = sparsify(variant, plan, record=True)
-            step = make_step(variant, "growing")
-            if plan.backend == "gather":
-                out, kernel = _recorded(step)
-            else:
-                # A recorder would keep the flexible kernel from being compiled.
-                out, kernel = step(), plan.backend
-            if not torch.isfinite(out).all():
-                raise RuntimeError(f"{cell}: the output of plan '{method}' is not finite")
-            sparsity = _realised(handle)
-            handle.record, handle.selections = False, []
-            compiled = _compiled(variant, "growing", make_step, config)
-            yield Candidate(method, role, compiled, kernel, sparsity, _cache(cell, "growing"), Choosing(seen, plan))
-    free = _compiled(_with_attention(model, FREE), "growing", make_step, config)
-    yield Candidate(FREE_METHOD, "bound", free, "none", 1.0, _cache(cell, "growing"))
-
-
-def _dense_variants(
-    model: nn.Module, cell: Cell, config: Mapping[str, Any], not_run: dict[str, str]
-) -> Iterator[tuple[str, nn.Module, str]]:
-    """Name, model and kind of cache."""
-    if cell.phase == "decode":
-        sizes = DecoderSizes.of(model)
-        for method, (attention, cache) in _DENSE_DECODING.items():
-            if attention == GROUPED and sizes.heads == sizes.key_heads:
-                continue
-            needed = sizes.weight_bytes + 2.2 * sizes.cache_bytes(cell.batch * cell.context)
-            if cache == "dynamic" and needed > _memory(next(model.parameters()).device):
-                not_run[f"{method}, {cell}"] = "the copy of the cache that every step makes does not fit into memory"
-                continue
-            yield method, _with_attention(model, attention), cache
-        return
-    yield DENSE, _with_attention(model, "sdpa"), "dynamic"
-    if cell.context <= config["eager_up_to"]:
-        yield "dense_eager", _with_attention(model, "eager"), "dynamic"
-    if config["device"] != "cuda":
-        not_run["dense_flash_attention_2"] = "flash-attn is for CUDA"
-    elif importlib.util.find_spec("flash_attn") is None:
-        not_run["dense_flash_attention_2"] = "flash-attn is not installed; SDPA has a FlashAttention kernel of its own"
-    elif config["dtype"] == "float32":
-        not_run["dense_flash_attention_2"] = "flash-attn has no float32"
-    else:
-        yield "dense_flash_attention_2", _with_attention(model, "flash_attention_2"), "dynamic"
-
-
-def _steps_of(model: nn.Module, cell: Cell, config: Mapping[str, Any]) -> Callable[[nn.Module, str], Step]:
-    """How a step is made of a model and a kind of cache; all of a cell have the same inputs."""
-    device, vocabulary = next(model.parameters()).device, model.config.get_text_config().vocab_size
-    if cell.phase == "prefill":
-        ids = torch.randint(vocabulary, (cell.batch, cell.context), device=device)
-        return lambda variant, _: Prefill(variant, ids)
-    filled = FilledCache(model, cell.batch, cell.context)
-    shape = (_TOKEN_SETS, cell.batch, config["tokens_per_call"])
-    ids = torch.randint(vocabulary, shape, device=device)
-    return lambda variant, kind: Decoding(variant, filled, kind, ids)
-
-
-def _with_attention(model: nn.Module, name: str) -> nn.Module:
-    variant = shared_copy(model)
-    variant.set_attn_implementation(name)
-    return variant
-
-
-def _compiled(
-    variant: nn.Module, cache: str, make_step: Callable[[nn.Module, str], Step], config: Mapping[str, Any]
-) -> Step:
-    if config["compilation"] != "none":
-        variant = torch.compile(variant, mode=config["compilation"])
-    return make_step(variant, cache)
-
-
-def _first_attention(model: nn.Module, step: Step) -> Tensor:
-    """Output of the first layer's attention in the first pass of a call: the same input for all ways to attend."""
-    outputs: list[Tensor] = []
-    layer = next(module for module in model.modules() if getattr(module, "layer_idx", None) == 0)
-    hook = layer.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
-    try:
-        step()
-    finally:
-        hook.remove()
-    return outputs[0]
-
-
-def _recorded(step: Step) -> tuple[Tensor, str]:
-    """The output of a call, and its attention kernels per pass."""
-    with recorded_kernels() as names:
-        out = step()
-    counts = Counter(names).items()
-    return out, ", ".join(f"{count // step.tokens_per_call} {name}" for name, count in counts)
-
-
-def _realised(handle: DecoderSparsifyHandle) -> float:
-    """Of the last pass: mean over all layers, 0 where a layer is or ran dense."""
-    return sum(one.plan.sparsity for one in handle.selections if one.plan is not None) / handle.depth
-
-
-def _cache(cell: Cell, kind: str) -> str | None:
-    return kind if cell.phase == "decode" else None
-
-
-def _cells(phases: Mapping[str, Mapping[str, Sequence[int]]]) -> Iterator[Cell]:
-    for phase, sizes in phases.items():
-        for context in sizes["contexts"]:
-            for batch in sizes["batches"]:
-                yield Cell(phase, context, batch)
-
-
 def _load(config: Mapping[str, Any]) -> LanguageModel:
     source, common = config["source"], {"dtype": config["dtype"], "device": config["device"]}
     if "name" in source:
         return load_language_model(source["name"], **common)
     return random_language_model(source["architecture"], source["options"], seed=config["seed"], **common)
-
-
-def _checked_models(models: Mapping[str, Mapping[str, Any]], limits: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The models as a profile runs them, with whole sources."""
-    wanted, replacement = limits.get("plans"), limits.get("model")
-    found = {}
-    for name, model in models.items():
-        if set(model) != {"source", "plans", "rivals"}:
-            raise ConfigError(f"the speed benchmark's model '{name}' must have exactly the keys source, plans, rivals")
-        source = dict(model["source"] if replacement is None else replacement)
-        source.pop("dtype", None)
-        if set(source) != {"name"}:
-            source = {"options": {}, **source}
-            if set(source) != {"architecture", "options"} or source["architecture"] not in ARCHITECTURES:
-                raise ConfigError(
-                    f"the source of model '{name}' must be name, or architecture (one of {', '.join(ARCHITECTURES)}) "
-                    f"and perhaps options, got {source}"
-                )
-        kept: dict[str, Any] = {"source": source}
-        for role in ("plans", "rivals"):
-            for plan, values in model[role].items():
-                if not isinstance(sparsity_from_mapping(values), DecoderSparsity):
-                    raise ConfigError(f"plan '{plan}' of model '{name}' must be of kind decoder")
-            kept[role] = {plan: values for plan, values in model[role].items() if wanted is None or plan in wanted}
-        found[name] = kept
-        if replacement is not None:
-            break
-    return found
-
-
-def _require_possible_architecture(config: Mapping[str, Any]) -> None:
-    """What a random model's configuration says is found before any model is made."""
-    source = config["source"]
-    if "architecture" not in source:
-        return
-    fields = {**ARCHITECTURES[source["architecture"]][1], **source["options"]}
-    longest = max(cell.context for cell in _cells(config["phases"]))
-    if longest > fields["max_position_embeddings"]:
-        raise ConfigError(
-            f"a context of {longest} tokens is longer than the {fields['max_position_embeddings']} that model "
-            f"'{config['model']}' is made for; its options can raise max_position_embeddings"
-        )
-    if fields.get("sliding_window") is not None:
-        raise ConfigError(
-            f"model '{config['model']}' attends to a sliding window of {fields['sliding_window']}; the speed benchmark "
-            "is for full attention: set its options to sliding_window: null"
-        )
 
 
 def _require_possible_model(loaded: LanguageModel, cells: Sequence[Cell]) -> None:
@@ -591,16 +318,9 @@ def _require_possible_model(loaded: LanguageModel, cells: Sequence[Cell]) -> Non
         raise InputError(f"the speed benchmark is for full attention: {error}") from error
 
 
-def _memory(device: torch.device) -> int:
-    """Bytes of the device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def _too_large(model: nn.Module, cells: Sequence[Cell], device: torch.device) -> dict[str, str]:
     """Cells that do not fit into memory, and why."""
-    sizes, room = DecoderSizes.of(model), _memory(device)
+    sizes, room = DecoderSizes.of(model), device_memory(device)
     found = {}
     for cell in cells:
         tokens = cell.batch * cell.context
@@ -620,7 +340,7 @@ def _announce(model: nn.Module, config: Mapping[str, Any], cells: Sequence[Cell]
     short = min(256, *(cell.context for cell in cells)) if cells else 256
     seconds = {}
     for name, attention, tokens in (("all", "sdpa", short), ("free", FREE, short), ("one", "sdpa", 1)):
-        step = _steps_of(model, Cell("prefill", tokens, 1), config)(_with_attention(model, attention), "dynamic")
+        step = steps_of(model, Cell("prefill", tokens, 1), config)(with_attention(model, attention), "dynamic")
         step()
         start = time.perf_counter()
         step()
@@ -637,7 +357,7 @@ def _announce(model: nn.Module, config: Mapping[str, Any], cells: Sequence[Cell]
         else:
             share = sizes.cache_bytes(cell.batch * cell.context) / sizes.weight_bytes
             one = config["tokens_per_call"] * seconds["one"] * (1.0 + share)
-            count = plans + len(_DENSE_DECODING) + 1
+            count = plans + len(DENSE_DECODING) + 1
         # Checks and warming up take about four calls of each.
         timed = min(config["repeats"], max(_LEAST_ROUNDS, int(config["cell_seconds"] / (count * one)))) + 4
         total += timed * count * one

@@ -12,8 +12,10 @@ from entreg.adapters import sparsify
 from entreg.adapters.language_models import random_language_model
 from entreg.cli import CONFIGS
 from entreg.errors import ConfigError, EntregError
-from entreg.evaluation import language_speed
-from entreg.evaluation.language_speed import FREE_METHOD, Cell, phases_within, run_language_speed
+from entreg.evaluation import language_candidates, language_speed
+from entreg.evaluation.language_candidates import FREE_METHOD, Cell
+from entreg.evaluation.language_speed import run_language_speed
+from entreg.evaluation.language_speed_settings import phases_within
 from entreg.evaluation.language_steps import (
     FREE,
     GROUPED,
@@ -230,12 +232,12 @@ def test_attention_implementations_are_what_they_are_called(model):
     ids = torch.randint(64, (1, 2, 4), generator=torch.Generator().manual_seed(0))
     stock = Decoding(model, filled, "growing", ids)()
     for name in (GROUPED, PRODUCTS):
-        grouped = language_speed._with_attention(model, name)
+        grouped = language_candidates.with_attention(model, name)
         for kind in ("growing", "static"):
             assert torch.allclose(Decoding(grouped, filled, kind, ids)(), stock, atol=1e-5)
         assert torch.equal(Prefill(grouped, ids[0])(), Prefill(model, ids[0])())
-    free = language_speed._with_attention(model, FREE)
-    for layer in (silenced := language_speed._with_attention(model, "sdpa")).model.layers:
+    free = language_candidates.with_attention(model, FREE)
+    for layer in (silenced := language_candidates.with_attention(model, "sdpa")).model.layers:
         layer.self_attn.register_forward_hook(lambda module, args, out: (torch.zeros_like(out[0]), *out[1:]))
     assert torch.equal(Prefill(free, ids[0])(), Prefill(silenced, ids[0])())
     assert model.config._attn_implementation == "sdpa"
@@ -302,7 +304,7 @@ def test_impossible_settings_get_one_sentence(change, sentence, tmp_path):
 
 
 def test_what_does_not_fit_into_memory_is_left_out_and_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(language_speed, "_memory", lambda device: 250_000)
+    monkeypatch.setattr(language_speed, "device_memory", lambda device: 250_000)
     path = run_language_speed(**arguments(phases={**PHASES, "prefill": None}), store=tmp_path)[0]
     record = json.loads(path.read_text())
     # 256 tokens of keys and values of two layers of two heads of eight float32 numbers are 65,536 bytes.
@@ -312,7 +314,7 @@ def test_what_does_not_fit_into_memory_is_left_out_and_said(monkeypatch, tmp_pat
 
 def test_a_path_that_is_not_dense_at_sparsity_0_is_found_out(monkeypatch, model):
     monkeypatch.setattr(
-        language_speed, "sparsify", lambda variant, plan, **options: sparsify(variant, plan or 0.5, **options)
+        language_candidates, "sparsify", lambda variant, plan, **options: sparsify(variant, plan or 0.5, **options)
     )
     config = {**MODEL, "model": "tiny", "dtype": "float32", "compilation": "none", "repeats": 1, "device": "cpu"}
     config |= {"tokens_per_call": 3, "eager_up_to": 0, "cell_seconds": 100}
@@ -321,14 +323,14 @@ def test_a_path_that_is_not_dense_at_sparsity_0_is_found_out(monkeypatch, model)
 
 
 def test_a_dense_variant_that_attends_differently_is_found_out(monkeypatch, model):
-    variants = language_speed._dense_variants
+    variants = language_candidates.dense_variants
 
     def with_a_wrong_one(*arguments):
         *others, (method, _, cache) = variants(*arguments)
-        wrong = language_speed._with_attention(model, language_speed.FREE)
+        wrong = language_candidates.with_attention(model, FREE)
         return [*others, (method, wrong, cache)]
 
-    monkeypatch.setattr(language_speed, "_dense_variants", with_a_wrong_one)
+    monkeypatch.setattr(language_candidates, "dense_variants", with_a_wrong_one)
     config = {**MODEL, "model": "tiny", "dtype": "float32", "compilation": "none", "repeats": 1, "device": "cpu"}
     config |= {"tokens_per_call": 3, "eager_up_to": 0, "cell_seconds": 100}
     with torch.no_grad(), pytest.raises(RuntimeError, match="is not that of stock SDPA"):
