@@ -1,8 +1,8 @@
-"""Rebuild the tables, the figures and the README's claims table from run records.
+"""Rebuild the tables, the figures, the report and the README's claims table from run records.
 
-python scripts/tables.py                            results/runs -> results/tables, results/figures, README.md
-python scripts/tables.py --records outputs/runs     your own runs -> outputs/tables, outputs/figures
-python scripts/tables.py --check                    write nothing, fail when something is not up to date
+python scripts/tables.py                          results/runs -> results/{tables,figures,report.html}, README.md
+python scripts/tables.py --records outputs/runs   your own runs -> outputs/{tables,figures,report.html}
+python scripts/tables.py --check                  write nothing, fail when something is not up to date
 """
 
 import argparse
@@ -20,7 +20,9 @@ REPOSITORY = REFERENCE_ROOT.parents[1]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--records", type=Path, default=REFERENCE_ROOT, help="folder of run records")
-    parser.add_argument("--out", type=Path, help="where tables/ and figures/ go (default: the folder above --records)")
+    parser.add_argument(
+        "--out", type=Path, help="where tables/, figures/ and report.html go (default: the folder above --records)"
+    )
     parser.add_argument(
         "--readme", type=Path, help="Markdown file with a claims table (default: README.md for results/runs)"
     )
@@ -35,7 +37,7 @@ def main() -> int:
     readme = arguments.readme
     if readme is None and is_reference and arguments.out is None:
         readme = REPOSITORY / "README.md"
-    report = build_all(records, out, readme=readme, check=arguments.check)
+    report = build_all(records, out, records_root=arguments.records, readme=readme, check=arguments.check)
 
     changed, gone = ("differs", "should go") if arguments.check else ("written", "removed")
     for path in report.written:

@@ -2,14 +2,15 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from entreg.atomic import write_bytes_atomic, write_text_atomic
 from entreg.errors import InputError, OutputError
-from entreg.records import figures, registry, tables
+from entreg.records import figures, registry, report, tables
 from entreg.records.claims import claims_table, judge_all, load_claims, readme_table
+from entreg.records.store import RecordStore
 
 README_BEGIN = "<!-- claims:begin -->"
 README_END = "<!-- claims:end -->"
@@ -38,10 +39,11 @@ def build_all(
     records: Sequence[Mapping[str, Any]],
     out_dir: str | os.PathLike[str],
     *,
+    records_root: str | os.PathLike[str] | None = None,
     readme: str | os.PathLike[str] | None = None,
     check: bool = False,
 ) -> BuildReport:
-    """Writes ``tables/*.md``, ``tables/*.tex``, ``figures/*.png`` and ``figures/*.svg`` under ``out_dir``.
+    """Writes ``tables/*.md`` and ``.tex``, ``figures/*.png`` and ``.svg``, and ``report.html`` under ``out_dir``.
 
     Records of scale ``smoke`` are left out. Files that are as they should be are not touched. Tables count as equal
     when their text is; figures when they show the same data (:func:`entreg.records.figures.fingerprint`), because
@@ -50,6 +52,7 @@ def build_all(
     Args:
         records: from :meth:`RecordStore.load_all`.
         out_dir: the folder, made when missing.
+        records_root: the folder of the records' files, to which the page links; by default ``runs`` in ``out_dir``.
         readme: a Markdown file whose claims table between the markers is replaced, or None.
         check: compare only and write nothing.
 
@@ -61,11 +64,12 @@ def build_all(
     usable = sorted((dict(r) for r in records if r["scale"] != "smoke"), key=lambda record: record["id"])
     claims = load_claims()
     verdicts = judge_all(claims, usable)
-    built = [*_built_tables(usable), _with_footer(claims_table(claims, verdicts), usable)]
+    built = _built_tables(usable)
     out = Path(out_dir)
 
     texts = {}
-    for table in built:
+    for table in (*built, claims_table(claims, verdicts)):
+        table = table.with_notes(tables.provenance(usable, table.record_ids))
         texts[out / "tables" / f"{table.name}.md"] = table.to_markdown()
         texts[out / "tables" / f"{table.name}.tex"] = table.to_latex()
     if readme is not None:
@@ -80,10 +84,13 @@ def build_all(
         if not check:
             write_text_atomic(path, text)
     kept = set(texts)
-    for name, figure in _built_figures(usable):
+    shown, pictures = [], {}
+    for entry, figure, chosen in _built_figures(usable):
+        name = entry.name
         paths = {kind: out / "figures" / f"{name}.{kind}" for kind in ("png", "svg")}
         kept.update(paths.values())
-        digest = figures.fingerprint(figure)
+        shown.append(report.page_figure(name, figure, entry.function.__doc__, (record["id"] for record in chosen)))
+        digest = shown[-1].fingerprint
         stale = [kind for kind, path in paths.items() if figures.embedded_fingerprint(_read(path) or b"") != digest]
         files = figures.render(figure, name) if stale and not check else {}
         for kind, path in paths.items():
@@ -93,6 +100,17 @@ def build_all(
             written.append(path)
             if not check:
                 write_bytes_atomic(path, files[kind])
+        pictures[name] = paths["svg"]
+
+    page, links = out / "report.html", _links(usable, out, out / "runs" if records_root is None else Path(records_root))
+    contents = (claims, verdicts, built, shown, usable, links)
+    if report.same_page(_read(page), report.build_page(*contents, pictures={})):
+        unchanged.append(page)
+    else:
+        written.append(page)
+        if not check:
+            svgs = {name: _read(path) or b"" for name, path in pictures.items()}
+            write_text_atomic(page, report.build_page(*contents, pictures=svgs))
     removed = _leftovers(out, kept)
     if not check:
         for path in removed:
@@ -109,24 +127,28 @@ def _built_tables(records: list[dict[str, Any]]) -> list[tables.Table]:
             continue
         if table.name != entry.name:
             raise InputError(f"The table registered as {entry.name!r} calls itself {table.name!r}; use one name.")
-        built.append(_with_footer(table, chosen))
+        if table.record_ids is None:
+            table = replace(table, record_ids=tuple(record["id"] for record in chosen))
+        built.append(table)
     if any(table.name == "claims" for table in built):
         raise InputError("A table may not call itself 'claims'; that is the name of the claims table.")
     return built
 
 
-def _built_figures(records: list[dict[str, Any]]) -> list[tuple[str, Any]]:
+def _built_figures(records: list[dict[str, Any]]) -> list[tuple[registry.Entry, Any, list[dict[str, Any]]]]:
     built = []
     for entry in figures.figure_registry.entries():
         chosen = entry.select(records)
         figure = entry.function(chosen) if chosen else None
         if figure is not None:
-            built.append((entry.name, figure))
+            built.append((entry, figure, chosen))
     return built
 
 
-def _with_footer(table: tables.Table, records: Sequence[Mapping[str, Any]]) -> tables.Table:
-    return table.with_notes(tables.provenance(records, table.record_ids))
+def _links(records: Sequence[Mapping[str, Any]], out: Path, root: Path) -> dict[str, str]:
+    """Relative path from the page to each record's file."""
+    store = RecordStore(os.path.relpath(root, out))
+    return {r["id"]: store.path_for(r["experiment"], r["config"]).as_posix() for r in records}
 
 
 def _readme_text(path: Path, table: str) -> str:

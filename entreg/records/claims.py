@@ -219,7 +219,7 @@ def claims_table(claims: Sequence[Claim], verdicts: Sequence[Mapping[str, Verdic
                 at["offline"].verdict,
                 at["paper"].measured,
                 at["paper"].verdict,
-                _reason(claim, at),
+                why(claim, at),
                 f"`{claim.commands['offline']}`",
                 f"`{claim.commands['paper']}`",
             ],
@@ -259,7 +259,7 @@ def readme_table(claims: Sequence[Claim], verdicts: Sequence[Mapping[str, Verdic
             at["offline"].measured,
             _bold_unless_not_run(at["offline"].verdict),
             at["paper"].verdict,
-            _reason(claim, at),
+            why(claim, at),
             f"`{claim.commands['offline']}`" + (" (planned)" if claim.status == "planned" else ""),
         ]
         for claim, at in zip(claims, verdicts, strict=True)
@@ -272,7 +272,8 @@ def _bold_unless_not_run(verdict: str) -> str:
     return verdict if verdict == NOT_RUN else f"**{verdict}**"
 
 
-def _reason(claim: Claim, at: Mapping[str, Verdict]) -> str:
+def why(claim: Claim, at: Mapping[str, Verdict]) -> str:
+    """The reasons of a claim's verdicts as half-sentences with semicolons; empty where nothing was measured."""
     reasons = [f"{at[scale].reason}" for scale in JUDGED_SCALES if at[scale].verdict != NOT_RUN and at[scale].reason]
     if reasons:
         return "; at the paper's scale: ".join(reasons)

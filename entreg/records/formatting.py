@@ -106,16 +106,25 @@ def markdown_cell(text: str) -> str:
 
 def latex(text: str) -> str:
     """Text for LaTeX: specials escaped; `code` and **bold** of Markdown kept."""
-    parts = re.split(r"(`[^`]+`|\*\*[^*]+\*\*)", " ".join(text.split()))
+    forms = {"code": r"\texttt{%s}", "bold": r"\textbf{%s}", "plain": "%s"}
+    return "".join(forms[kind] % _escape(part) for kind, part in spans(text))
+
+
+def spans(text: str) -> list[tuple[str, str]]:
+    """Parts of a text in the Markdown that tables use, white space made single.
+
+    Returns:
+        Pairs of ``code``, ``bold`` or ``plain`` and the part without its marks.
+    """
     result = []
-    for part in parts:
+    for part in re.split(r"(`[^`]+`|\*\*[^*]+\*\*)", " ".join(text.split())):
         if len(part) > 2 and part[0] == part[-1] == "`":
-            result.append(rf"\texttt{{{_escape(part[1:-1])}}}")
+            result.append(("code", part[1:-1]))
         elif len(part) > 4 and part.startswith("**") and part.endswith("**"):
-            result.append(rf"\textbf{{{_escape(part[2:-2])}}}")
-        else:
-            result.append(_escape(part))
-    return "".join(result)
+            result.append(("bold", part[2:-2]))
+        elif part:
+            result.append(("plain", part))
+    return result
 
 
 def _escape(text: str) -> str:

@@ -186,8 +186,8 @@ def provenance(records: Sequence[Mapping[str, Any]], record_ids: Sequence[str] |
         hashes.setdefault(record["experiment"], []).append(record["config_hash"])
     listed = "; ".join(f"{name}: {_listed(digests)}" for name, digests in hashes.items())
     scales = ", ".join(sorted({record["scale"] for record in used}))
-    devices = "; ".join(sorted({_device(record["device"]) for record in used}))
-    commits = ", ".join(sorted({_commit(record["code"]) for record in used}))
+    devices = "; ".join(sorted({device_text(record["device"]) for record in used}))
+    commits = ", ".join(sorted({commit_text(record["code"]) for record in used}))
     return [f"Records ({scales} scale): {listed}.", f"Device: {devices}.", f"Code: {commits}."]
 
 
@@ -197,7 +197,8 @@ def _listed(digests: Sequence[str]) -> str:
     return f"{len(digests)} records, {', '.join(digests[:3])} ..."
 
 
-def _device(device: Mapping[str, Any]) -> str:
+def device_text(device: Mapping[str, Any]) -> str:
+    """A record's device in words."""
     # Which method ran on how many threads is said by the table: one record holds methods of both kinds.
     parts = [f"{device['cpu']}, {device['available_cores']} cores"]
     if device["memory_gib"] is not None:
@@ -206,10 +207,11 @@ def _device(device: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _commit(code: Mapping[str, Any]) -> str:
+def commit_text(code: Mapping[str, Any], digits: int = 10) -> str:
+    """A record's commit in ``digits`` hexadecimal digits, and whether the tree had changed since."""
     if code["commit"] is None:
         return "commit unknown"
-    return code["commit"][:10] + (" with uncommitted changes" if code["dirty"] else "")
+    return code["commit"][:digits] + (" with uncommitted changes" if code["dirty"] else "")
 
 
 def _text(cell: Cell) -> str:

@@ -65,18 +65,19 @@ def test_build_writes_everything_and_is_repeatable(builders, readme, tmp_path):
     assert names(tmp_path / "one") == [
         "figures/picture.png",
         "figures/picture.svg",
+        "report.html",
         "tables/claims.md",
         "tables/claims.tex",
         "tables/example.md",
         "tables/example.tex",
     ]
-    assert len(report.written) == 7
+    assert len(report.written) == 8
     build_all(records[::-1], tmp_path / "two")
     for name in names(tmp_path / "one"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     again = build_all(records, tmp_path / "one", readme=readme)
     assert again.up_to_date
-    assert len(again.unchanged) == 7
+    assert len(again.unchanged) == 8
 
 
 def test_another_process_builds_the_same_bytes(builders, tmp_path):
@@ -123,9 +124,9 @@ def test_footers_and_readme(builders, readme, tmp_path):
 
 def test_smoke_records_never_reach_a_table(builders, readme, tmp_path):
     report = build_all([sample_record(scale="smoke")], tmp_path / "out", readme=readme)
-    assert names(tmp_path / "out") == ["tables/claims.md", "tables/claims.tex"]
+    assert names(tmp_path / "out") == ["report.html", "tables/claims.md", "tables/claims.tex"]
     assert "**" not in readme.read_text()
-    assert len(report.written) == 3
+    assert len(report.written) == 4
 
 
 def test_check_writes_nothing_and_finds_differences(builders, readme, tmp_path):
@@ -139,9 +140,10 @@ def test_check_writes_nothing_and_finds_differences(builders, readme, tmp_path):
 
     other = sample_record(rows=[{"distribution": "square", "seconds": 0.5}])
     changed = {path.name for path in build_all([other], out, readme=readme, check=True).written}
-    assert changed == {"example.md", "example.tex", "picture.png", "picture.svg"}
+    assert changed == {"example.md", "example.tex", "picture.png", "picture.svg", "report.html"}
 
-    for name in ("tables/example.md", "tables/claims.tex", "figures/picture.svg", "figures/picture.png"):
+    generated = ("tables/example.md", "tables/claims.tex", "figures/picture.svg", "figures/picture.png", "report.html")
+    for name in generated:
         path = out / name
         before = path.read_bytes()
         path.write_bytes(b"by hand")
@@ -171,7 +173,13 @@ def test_files_that_no_record_supports_go_but_others_stay(builders, tmp_path):
     assert [path.name for path in report.removed] == gone
     assert (out / "tables" / "example.md").exists()
     build_all([], out)
-    assert names(out) == ["figures/photo.png", "tables/claims.md", "tables/claims.tex", "tables/notes.md"]
+    assert names(out) == [
+        "figures/photo.png",
+        "report.html",
+        "tables/claims.md",
+        "tables/claims.tex",
+        "tables/notes.md",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -235,8 +243,9 @@ def test_the_script_builds_checks_and_reports(tmp_path):
     store.save(sample_record("example/toy"))
     result = run_script("--records", store.root)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.splitlines()[-1] == "1 records, 2 files: 0 were up to date."
+    assert result.stdout.splitlines()[-1] == "1 records, 3 files: 0 were up to date."
     assert names(tmp_path) == [
+        "report.html",
         f"runs/{store.path_for('example/toy', {'n': 1000, 'seed': 0}).name}",
         "tables/claims.md",
         "tables/claims.tex",

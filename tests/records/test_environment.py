@@ -13,7 +13,21 @@ from entreg.records import environment
 from tests.records.samples import sample_record
 
 # Tools of development that take no part in any result.
-NOT_RECORDED = {"pytest", "hypothesis", "ruff", "nbclient", "ipykernel", "pexpect", "pyte", "tensorboard", "entreg"}
+NOT_RECORDED = {
+    "pytest",
+    "hypothesis",
+    "ruff",
+    "nbclient",
+    "ipykernel",
+    "pexpect",
+    "pyte",
+    "tensorboard",
+    "entreg",
+    "html5lib",
+    "playwright",
+    "jinja2",
+    "markupsafe",
+}
 
 
 @pytest.fixture
