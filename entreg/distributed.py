@@ -62,13 +62,14 @@ def joined(device: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # After a failure the others may be gone, and saying goodbye would wait for them.
+        # The others may be gone, and saying goodbye would wait for them; and the launcher must not end this process
+        # before it has said why.
         atexit.unregister(_leave)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             raise ProcessError(_LOST) from error
         raise
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    signal.signal(signal.SIGTERM, previous)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Starting Python programs in several processes on one CPU, as a user would."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,4 +37,5 @@ def launch(*arguments, launcher=TORCHRUN, **environment):
 
 def sentences(done):
     """What a finished process says to its user when it fails."""
-    return [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    # They may come after a bar of progress, on the same line.
+    return re.findall(r"(?<!\w)Error: .*", done.stderr)
