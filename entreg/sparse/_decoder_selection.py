@@ -15,26 +15,35 @@ from torch.nn.functional import avg_pool1d, pad
 from entreg.entropy.soft_partition import entropy_of_masses
 from entreg.sparse._blocks import last_visible, pooled_block_scores
 from entreg.sparse._counting import num_blocks, query_offset
+from entreg.sparse._fused_entries import fused_entries
 from entreg.sparse.config import DecoderSparsity
 
 # Query blocks whose sampled rows are looked at together: their keys end at the last of them, so that little of the
 # causal upper part is computed.
 _CHUNK_BLOCKS = 8
-# The sink, the row's own block and one to choose.
-_LEAST_CHOICE = 3
+LEAST_CHOICE = 3
+"""Blocks per row: the sink, the row's own and one to choose."""
 _BISECTIONS = 50
 
 
 def selection_entries(sparsity: DecoderSparsity, num_queries: int, num_keys: int) -> int:
-    """Score entries per head that :func:`block_scores` computes; 0 for ``window``, and for ``oracle`` by definition."""
-    n, m = num_queries, num_keys
+    """Score entries per head that :func:`block_scores`, or the kernels that stand for it with the backend ``triton``,
+    compute; 0 for ``window``, and for ``oracle`` by definition.
+    """
+    n, m, size = num_queries, num_keys, sparsity.block_size
     entries = 0
+    if sparsity.backend == "triton":
+        if sparsity.selection in ("pooled", "validated"):
+            entries += fused_entries(n, m, size, size // sparsity.pool_size, sparsity.pool_size)
+        if sparsity.selection in ("sampled", "validated"):
+            entries += fused_entries(n, m, size, sparsity.num_sampled_queries, 1)
+        return entries
     if sparsity.selection in ("pooled", "validated"):
-        rows = num_blocks(n + query_offset(n, m, sparsity.block_size, True), sparsity.block_size)
-        pools = sparsity.block_size // sparsity.pool_size
-        entries += rows * pools * num_blocks(m, sparsity.block_size) * pools
+        rows = num_blocks(n + query_offset(n, m, size, True), size)
+        pools = size // sparsity.pool_size
+        entries += rows * pools * num_blocks(m, size) * pools
     if sparsity.selection in ("sampled", "validated"):
-        chunks = _chunks(sparsity.block_size, n, m)
+        chunks = _chunks(size, n, m)
         entries += sum((end - start) * sparsity.num_sampled_queries * keys for start, end, keys in chunks)
     return entries
 
@@ -174,7 +183,7 @@ def counts_by_entropy(scores: Tensor, count: int, visible: Tensor, densities: Se
     mass = mass / mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
     support = entropy_of_masses(mass).exp().mean(-1).double().cpu()
     table = torch.tensor(densities, dtype=torch.float64)
-    least, most = min(count, _LEAST_CHOICE), len(densities)
+    least, most = min(count, LEAST_CHOICE), len(densities)
     low, high = torch.zeros(len(support), 1, dtype=torch.float64), torch.full((len(support), 1), float(most))
 
     def counts_at(factor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from entreg.sparse._causal_blocks import attend_causal_blocks, keeps_own_blocks
 from entreg.sparse._flash import attend_flash
 from entreg.sparse._flex import attend_flex
 from entreg.sparse._gather import gather
+from entreg.sparse._kernels import attend_triton
 from entreg.sparse._pages import attend_pages
 from entreg.sparse._reference import attend_reference
 from entreg.sparse.config import BACKENDS
@@ -46,6 +47,9 @@ def sparse_attention(
       entries that the plan leaves out as a whole, so it suits large blocks; on the CPU forward only.
     * ``"flash"``: gathered as above, by the flash-attn package (CUDA, float16 or bfloat16); neither masks nor biases,
       so no causal or ragged plans, and blocks only where their size divides n.
+    * ``"triton"``: kernels of our own that walk through lists of key blocks (CUDA, float16 or bfloat16, forward only):
+      nothing is copied, and nothing waits for the device. Causal block plans with blocks of 16, 32, 64 or 128 tokens,
+      without masks and biases.
 
     Args:
         q: (batch, heads, n, d), floating point.
@@ -57,7 +61,7 @@ def sparse_attention(
         scale: factor of the logits; default 1/sqrt(d).
         key_bias: (batch, m) added to the logits of each key, e.g. the log of the number of tokens that it stands for.
         mask: (batch, 1, n, m) bool, True where the plan's entries may be used, e.g. within packed documents; not with
-            ``"flash"``.
+            ``"flash"`` and ``"triton"``.
 
     Returns:
         (batch, heads, n, d_v) of q's dtype.
@@ -129,6 +133,7 @@ _BACKENDS: dict[str, _Attend] = {
     "gather": _attend_gather,
     "flex": attend_flex,
     "flash": attend_flash,
+    "triton": attend_triton,
 }
 
 

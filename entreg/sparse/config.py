@@ -26,7 +26,11 @@ of the value vector or token; ``random``: seeded noise; ``part``: tokens are par
 the mean ``mixed`` score of its part, so that parts stay whole.
 """
 
-BACKENDS = ("reference", "gather", "flex", "flash")
+BACKENDS = ("reference", "gather", "flex", "flash", "triton")
+# Of plans that are not causal.
+_VISION_BACKENDS = tuple(name for name in BACKENDS if name != "triton")
+# Tokens per block that the kernels of the backend triton are made for: tensor cores take no smaller tiles.
+KERNEL_SIZES = (16, 32, 64, 128)
 REDUCTIONS = ("drop", "merge", "partition", "fuse")
 ANCHORS = ("top", "residual")
 SELECTIONS = ("validated", "pooled", "sampled", "oracle", "window", "topk")
@@ -45,7 +49,7 @@ class ColumnSparsity:
         num_sampled_queries: query rows from which the score is computed, at least 1; None for all.
         layers: indices from 0 of the layers it acts on; None for all.
         share_heads: choose one set of keys for all heads of a layer.
-        backend: one of :data:`BACKENDS`.
+        backend: one of :data:`BACKENDS` but ``triton``.
 
     Raises:
         ConfigError: a value out of range, or not exactly one of ``sparsity`` and ``keys``.
@@ -67,7 +71,7 @@ class ColumnSparsity:
         _require_count(self, "num_sampled_queries", 1)
         _set_layers(self)
         _require_bool(self, "share_heads")
-        _require_choice(self, "backend", BACKENDS)
+        _require_choice(self, "backend", _VISION_BACKENDS)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class BlockSparsity:
         block_size: queries and keys per block, at least 1.
         num_parts: parts of the partition, at least 1; with 1 the order of the tokens stays.
         layers: indices from 0 of the layers it acts on; None for all.
-        backend: one of :data:`BACKENDS`.
+        backend: one of :data:`BACKENDS` but ``triton``.
 
     Raises:
         ConfigError: a value missing or out of range.
@@ -97,7 +101,7 @@ class BlockSparsity:
         _require_count(self, "block_size", 1)
         _require_count(self, "num_parts", 1)
         _set_layers(self)
-        _require_choice(self, "backend", BACKENDS)
+        _require_choice(self, "backend", _VISION_BACKENDS)
 
 
 @dataclass(frozen=True)
@@ -256,7 +260,7 @@ class DecoderSparsity:
         page_size: keys per page in decoding, at least 1.
         decode_sparsity: of writing, in [0, 1), of the keys in the cache; None: as ``sparsity``; 0: dense.
         layers: indices from 0 of the layers it acts on; None for all.
-        backend: one of :data:`BACKENDS` but ``flash``.
+        backend: one of :data:`BACKENDS` but ``flash``; ``triton`` takes blocks and pages of 16, 32, 64 or 128 keys.
 
     Raises:
         ConfigError: a value out of range or a combination that is not possible.
@@ -313,8 +317,15 @@ class DecoderSparsity:
         _set_layers(self)
         _require_choice(self, "backend", BACKENDS)
         if self.backend == "flash" or (self.selection == "topk" and self.backend != "reference"):
-            needed = "the backend reference" if self.selection == "topk" else "one of reference, gather, flex"
+            needed = "the backend reference" if self.selection == "topk" else "one of reference, gather, flex, triton"
             raise ConfigError(f"DecoderSparsity with selection '{self.selection}' needs {needed}, got '{self.backend}'")
+        if self.backend == "triton":
+            for name in ("block_size", "page_size"):
+                if getattr(self, name) not in KERNEL_SIZES:
+                    raise ConfigError(
+                        f"DecoderSparsity with backend 'triton' needs a {name} out of {KERNEL_SIZES}, "
+                        f"got {getattr(self, name)}"
+                    )
 
 
 @dataclass(frozen=True)

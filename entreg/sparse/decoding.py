@@ -25,9 +25,16 @@ from entreg.sparse._decoder_selection import (
     visible_from_mask,
     with_kept_blocks,
 )
+from entreg.sparse._kernels import (
+    FUSED_SELECTIONS,
+    chosen_by_kernels,
+    estimated_by_kernels,
+    pages_by_kernels,
+    require_kernels,
+)
 from entreg.sparse.attention import dense_attention, sparse_attention
 from entreg.sparse.config import DecoderSparsity
-from entreg.sparse.plan import SparsityPlan
+from entreg.sparse.plan import BlockLists, SparsityPlan
 from entreg.sparse.planning import block_densities, blocks_within
 
 # Leading components of a key that tell it from others.
@@ -52,6 +59,8 @@ class PageSummaries:
         self.page_size = page_size
         self._means: Tensor | None = None
         self._last_keys: Tensor | None = None
+        self.buffers: tuple[Tensor, Tensor] | None = None
+        """Of the backend ``triton``: means and parts of last keys, with room for more pages; its kernel compares."""
 
     def update(self, k: Tensor) -> Tensor:
         """Means of all complete pages of k (batch, key_heads, m, d): (batch, key_heads, pages, d), in k's dtype."""
@@ -138,14 +147,24 @@ def _prompt_plan(
     q: Tensor, k: Tensor, sparsity: DecoderSparsity, scale: float | None, mask: Tensor | None
 ) -> SparsityPlan | None:
     n, m = q.shape[2], k.shape[2]
+    kernels = sparsity.backend == "triton"
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if kernels:
+        require_kernels(q, k, k, sparsity.block_size, factor, mask)
     size = 1 if sparsity.selection == "topk" else sparsity.block_size
     entries = selection_entries(sparsity, n, m)
     densities = block_densities(n, m, size, True, sparsity.dense_tail_blocks)
     count = blocks_within(densities, 1.0 - sparsity.sparsity - entries / dense_entries(n, m, True))
     if count < _LEAST_BLOCKS or count == len(densities):
         return None
+    kernels = kernels and sparsity.selection in FUSED_SELECTIONS
+    if kernels and sparsity.budget != "mass":
+        return _block_plan(q, k, *chosen_by_kernels(q, k, sparsity, count, densities, factor), size, entries)
     visible = visible_blocks(n, m, size, q.device) if mask is None else visible_from_mask(mask, size)
-    estimated = block_scores(q, k, sparsity, size, count, visible, scale=scale, mask=mask)
+    if kernels:
+        estimated = estimated_by_kernels(q, k, sparsity, count, factor)
+    else:
+        estimated = block_scores(q, k, sparsity, size, count, visible, scale=scale, mask=mask)
     scores = with_kept_blocks(estimated, visible, sparsity.local_blocks)
     tail = torch.arange(scores.shape[2], device=q.device) >= scores.shape[2] - sparsity.dense_tail_blocks
     if sparsity.budget == "mass":
@@ -155,7 +174,7 @@ def _prompt_plan(
     else:
         counts = count if sparsity.budget == "uniform" else counts_by_entropy(estimated, count, visible, densities)
         chosen = highest_blocks(scores, counts, 0, visible) | (visible & tail[:, None])
-    return _block_plan(q, k, chosen, size, entries)
+    return _block_plan(q, k, chosen, None, size, entries)
 
 
 def _page_plan(
@@ -174,11 +193,16 @@ def _page_plan(
     count = int(((1.0 - wanted) * m - entries) // size)
     if wanted == 0 or count < _LEAST_BLOCKS or count >= total:
         return None
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    summaries = PageSummaries(size) if pages is None else pages
+    if sparsity.backend == "triton":
+        require_kernels(q, k, k, size, factor, mask)
+        if sparsity.selection != "window":
+            chosen, lists, summaries.buffers = pages_by_kernels(q, k, summaries.buffers, sparsity, count, factor)
+            return _block_plan(q, k, chosen, lists, size, entries)
     scores = torch.arange(total, device=q.device, dtype=torch.float32).expand(len(q), key_heads, 1, -1)
     if sparsity.selection != "window":
-        summaries = PageSummaries(size) if pages is None else pages
         logits = q.reshape(len(q), key_heads, -1, q.shape[3]) @ summaries.update(k).transpose(-1, -2)
-        factor = q.shape[3] ** -0.5 if scale is None else scale
         # The incomplete page, if there is one, is the query's own and kept whatever it scores.
         mass = torch.softmax(logits.float() * factor, dim=-1)
         mass = mass.mean(2, keepdim=True) if sparsity.group_reduction == "mean" else mass.amax(2, keepdim=True)
@@ -187,10 +211,12 @@ def _page_plan(
     if mask is not None:
         visible = visible_from_mask(mask, size)
     chosen = highest_blocks(with_kept_blocks(scores, visible, local_blocks=1), count, 0, visible)
-    return _block_plan(q, k, chosen, size, entries)
+    return _block_plan(q, k, chosen, None, size, entries)
 
 
-def _block_plan(q: Tensor, k: Tensor, chosen: Tensor, size: int, entries: int) -> SparsityPlan:
+def _block_plan(
+    q: Tensor, k: Tensor, chosen: Tensor, lists: BlockLists | None, size: int, entries: int
+) -> SparsityPlan:
     return SparsityPlan(
         "blocks",
         num_queries=q.shape[2],
@@ -200,4 +226,5 @@ def _block_plan(q: Tensor, k: Tensor, chosen: Tensor, size: int, entries: int) -
         block_mask=chosen,
         block_size=size,
         selection_entries=entries,
+        block_lists=lists,
     )

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from entreg.sparse._recording import RECORDERS
 from entreg.sparse.attention import dense_attention, sparse_attention
 from entreg.sparse.plan import SparsityPlan
 
@@ -41,16 +42,22 @@ class _Recorder(TorchDispatchMode):
 def recorded_kernels() -> Iterator[list[str]]:
     """Collect the names of the attention kernels that run inside, in order.
 
-    Names: ``"flash"`` (also PyTorch's own on the CPU), ``"efficient"``, ``"cudnn"``, ``"fused"`` (other devices) and
-    ``"math"`` (a softmax over four axes that some other operator computed: SDPA without a fused kernel, or a model's
-    own unfused attention). Compiled models hide their operators; record the model uncompiled.
+    Names: ``"flash"`` (also PyTorch's own on the CPU), ``"efficient"``, ``"cudnn"``, ``"fused"`` (other devices),
+    ``"triton"`` (kernels of our own) and ``"math"`` (a softmax over four axes that some other operator computed: SDPA
+    without a fused kernel, or a model's own unfused attention). Compiled models hide their operators; record the model
+    uncompiled.
 
     Yields:
         the list, filled while the block runs.
     """
     names: list[str] = []
-    with _Recorder(names):
-        yield names
+    RECORDERS.append(names)
+    try:
+        with _Recorder(names):
+            yield names
+    finally:
+        # By identity: equal lists may be listening.
+        RECORDERS[:] = [one for one in RECORDERS if one is not names]
 
 
 def attention_kernel(
@@ -77,8 +84,8 @@ def attention_kernel(
         key_bias: as in :func:`entreg.sparse.attention.sparse_attention`.
 
     Returns:
-        one of the names of :func:`recorded_kernels`, or ``"reference"``, ``"flex"`` or ``"flash-attn"`` for backends
-        that call no SDPA kernel.
+        one of the names of :func:`recorded_kernels`, or ``"reference"``, ``"flex"``, ``"triton"`` or
+        ``"flash-attn"`` for backends that call no SDPA kernel.
     """
     if plan is not None and backend != "gather":
         sparse_attention(q, k, v, plan, backend=backend, scale=scale, key_bias=key_bias)

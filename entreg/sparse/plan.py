@@ -26,6 +26,21 @@ KINDS = ("columns", "blocks")
 
 
 @dataclass(frozen=True, eq=False)
+class BlockLists:
+    """The key blocks of causal block plans as lists, for kernels that walk through them.
+
+    Attributes:
+        index: int32 of the mask's shape: first the numbers of the key blocks before the row's own, ascending; what
+            comes after them means nothing.
+        lengths: int32 (batch, key_heads or 1, query_blocks): twice how many they are, plus one where the row's own
+            block is kept.
+    """
+
+    index: Tensor
+    lengths: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class SparsityPlan:
     """The score entries that sparse attention computes; everything else is left out.
 
@@ -45,6 +60,7 @@ class SparsityPlan:
         permutation: blocks only: (batch, n) int64, the token at each place of the order in which blocks are cut; None
             for the tokens' own order. Needs as many queries as keys, and no causal mask.
         selection_entries: score entries per head that were computed only to choose this plan.
+        block_lists: causal blocks only: ``block_mask`` as lists, where the kernel that chose wrote them too; or None.
 
     Raises:
         InputError: shapes or dtypes that do not fit the above, or tensors of the other kind.
@@ -61,6 +77,7 @@ class SparsityPlan:
     block_size: int | None = None
     permutation: Tensor | None = None
     selection_entries: int = 0
+    block_lists: BlockLists | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -125,7 +125,7 @@ def test_mappings_that_are_refused(mapping, sentence):
         (lambda: DecoderSparsity(0.5, validation_margin=0), "validation_margin must be a number above 0, got 0"),
         (lambda: DecoderSparsity(0.5, budget="mass", selection="window"), "its budget must be uniform"),
         (lambda: DecoderSparsity(0.5, selection="topk"), "needs the backend reference, got 'gather'"),
-        (lambda: DecoderSparsity(0.5, backend="flash"), "needs one of reference, gather, flex, got 'flash'"),
+        (lambda: DecoderSparsity(0.5, backend="flash"), "needs one of reference, gather, flex, triton, got 'flash'"),
         (lambda: DecoderSparsity(0.5, decode_sparsity=-1), "decode_sparsity must be a number"),
         (lambda: Combined(()), "at least one plan"),
         (lambda: Combined((DecoderSparsity(0.5),)), "must be a single plan"),
