@@ -4,11 +4,12 @@ Status 2 is an error that the user can act on (:class:`entreg.errors.EntregError
 override, an output folder that cannot be written), 130 an interruption. Any other exception is a defect and keeps its
 traceback.
 
-``python scripts/<name>.py -m key=a,b`` (several jobs) works too: the function must be at the module's top level, all
-its results must go through its configuration's folders, and a failing job does not stop the others; the first error
-is the sentence at the end.
+``python scripts/<name>.py -m key=a,b`` (several jobs) works too, see :mod:`entreg.runs`: the function must be at the
+module's top level and all its results must go through its configuration's folders. A failing job does not stop the
+others; the last lines say how many failed and where to look, the very last what was wrong with the first of them.
 """
 
+import contextlib
 import difflib
 import errno
 import functools
@@ -27,6 +28,9 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 USER_ERROR = 2
 INTERRUPTED = 130
+
+_CALLBACK = "+hydra.callbacks.sweep._target_=entreg.runs.multirun.RegisterSweep"
+"""An override of every script, by which Hydra tells of a multirun."""
 
 _OUTPUT_ERRORS = {
     errno.ENOENT: "the folder cannot be made",
@@ -131,41 +135,51 @@ def _run_hydra(function: Callable[[Any], Any], config_name: str, folder: Path, c
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from entreg.runs import multirun
+    from entreg.runs.status import conclude, wait_for_others
+
     # Hydra's own handler prints several lines and exits with 1; with this set it lets exceptions through.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    failures: list[Exception] = []
-    entered = False
+    task = multirun.Task(function, functools.partial(_as_sentence, config_name=config_name, folder=folder))
+    multirun.RegisterSweep.begun = None
 
-    @functools.wraps(function)
-    def task(config: Any) -> Any:
-        nonlocal entered
-        entered = True
-        try:
-            return function(config)
-        except (EntregError, HydraException, OmegaConfBaseException) as error:
-            # Hydra announces a failing job in a line of its own before the exception gets here.
-            if _is_multirun():
-                raise
-            failures.append(error)
-            return None
+    def run() -> None:
+        with _arguments(_CALLBACK):
+            hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
 
     try:
         _refuse_unread_keys(config_name, folder, checked)
-        hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
-        if failures:
-            raise failures[0]
+        run()
+        # Jobs that another launcher was at are left to it; should it be killed, they are run after all.
+        while multirun.RegisterSweep.begun is not None and wait_for_others(multirun.RegisterSweep.begun):
+            run()
     except EntregError:
         raise
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise _as_sentence(error, config_name, folder) from error
-    except OSError as error:
+    except Exception as error:
+        if multirun.RegisterSweep.begun is not None:
+            return conclude(multirun.RegisterSweep.begun, stopped=error)
         # Before the function began, the only files that are written are Hydra's logs and snapshots.
-        if entered or error.errno not in _OUTPUT_ERRORS:
+        if task.entered or not isinstance(error, OSError) or error.errno not in _OUTPUT_ERRORS:
             raise
         raise OutputError(
             f"Cannot write {error.filename}: {_OUTPUT_ERRORS[error.errno]}; choose another output folder."
         ) from error
-    return 0
+    if task.failure is not None:
+        raise task.failure
+    return 0 if multirun.RegisterSweep.begun is None else conclude(multirun.RegisterSweep.begun)
+
+
+@contextlib.contextmanager
+def _arguments(*more: str) -> Iterator[None]:
+    """Hydra sees further arguments, which nobody typed."""
+    typed = sys.argv
+    sys.argv = [*typed, *more]
+    try:
+        yield
+    finally:
+        sys.argv = typed
 
 
 def _refuse_unread_keys(config_name: str, folder: Path, checked: Collection[str]) -> None:
@@ -180,13 +194,6 @@ def _refuse_unread_keys(config_name: str, folder: Path, checked: Collection[str]
         known = _known_keys(config_name, folder)
         if known and name not in known:
             raise ConfigError(f"Nothing reads the configuration key {name!r}{nearest(name, [*known, *groups])}")
-
-
-def _is_multirun() -> bool:
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def _as_sentence(error: Exception, config_name: str, folder: Path) -> EntregError:
@@ -232,6 +239,10 @@ def _missing_config(error: Any, first_line: str, folder: Path) -> str:
         return f"{first_line}."
     missing = missing.removesuffix(".yaml")
     group, _, name = missing.rpartition("/")
+    if group in ("hydra/launcher", "hydra/sweeper"):
+        # Hydra's plugins are named so.
+        package = f"hydra-{name.partition('_')[0]}-{group.partition('/')[2]}"
+        return f"{group}={name} needs the package {package}, which is not installed: see docs/sweeps.md."
     options = _options(folder / group)
     if options:
         place = f" in {group!r}" if group else ""
@@ -286,11 +297,20 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def command_line(arguments: Sequence[str] | None = None) -> str:
-    """What was typed, as it should stand in a run record: ``python scripts/geometry.py profile=offline``."""
+    """What to type, as it should stand in a run record: ``python scripts/geometry.py profile=offline``.
+
+    Args:
+        arguments: as ``sys.argv``; None: those of this process or, in a job of a multirun, those of the job alone.
+    """
     import shlex
 
-    words = list(sys.argv if arguments is None else arguments)
-    script = Path(words[0]).resolve() if words else Path("python")
+    words = [word for word in (sys.argv if arguments is None else arguments) if word != _CALLBACK]
     root = CONFIGS.parent
+    # Whatever has not loaded Hydra is no job; the process of a job may have been started with anything.
+    multirun = sys.modules.get("entreg.runs.multirun")
+    if arguments is None and multirun is not None and multirun.is_multirun():
+        job = multirun.current_job()
+        words = [str(root / "scripts" / f"{multirun.script_name()}.py"), *job.single_run]
+    script = Path(words[0]).resolve() if words else Path("python")
     words[:1] = [script.relative_to(root).as_posix() if script.is_relative_to(root) else script.name]
     return " ".join(["python", *(shlex.quote(word) for word in words)])

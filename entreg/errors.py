@@ -38,6 +38,10 @@ class ProcessError(EntregError):
     """One of several processes of a run was killed or failed, so that the others cannot go on."""
 
 
+class BusyError(EntregError):
+    """Another process is doing what was asked for."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error of another library says, short enough for one sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

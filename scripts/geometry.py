@@ -11,15 +11,19 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from entreg.cli import command_line, hydra_main
-from entreg.evaluation.geometry_experiment import experiment_configs, plan_runs, run_all
+from entreg.evaluation.geometry_experiment import experiment_configs, plan_runs
 from entreg.evaluation.geometry_report import report
+from entreg.evaluation.studies import run_all
+from entreg.runs.objective import Objective
 
 
 @hydra_main("geometry")
-def main(config: DictConfig) -> None:
+def main(config: DictConfig) -> float | None:
+    objective = Objective.from_mapping(config.objective)
     runs = [run for one in experiment_configs(config, HydraConfig.get().overrides.task) for run in plan_runs(one)]
     records = run_all(runs, store=config.store, command=command_line(), force=config.force)
     print(report(records, config.store))
+    return objective.of(records)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,16 @@ from entreg.cli import command_line, hydra_main
 from entreg.evaluation.studies import run_all, study_configs
 from entreg.evaluation.vision_experiment import CHECKED, plan_run
 from entreg.evaluation.vision_report import report
+from entreg.runs.objective import Objective
 
 
 @hydra_main("train", checked=CHECKED, shared=True)
-def main(config: DictConfig) -> None:
+def main(config: DictConfig) -> float | None:
+    objective = Objective.from_mapping(config.objective)
     runs = [plan_run(one) for one in study_configs(config, HydraConfig.get().overrides.task)]
     records = run_all(runs, store=config.store, command=command_line(), force=config.force)
     print(report(records, config.store))
+    return objective.of(records)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import hydra
@@ -19,15 +18,14 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from scipy.spatial import QhullError
-from tqdm import tqdm
 
-from entreg.atomic import require_writable
 from entreg.data.points import POINT_SETS, describe_points, load_points
 from entreg.errors import ConfigError, InputError
 from entreg.evaluation.geometry_methods import OURS, PROBLEMS, Method, Problem, build_methods
 from entreg.evaluation.timing import interleaved_timings
+from entreg.evaluation.tracked_runs import tracked_run
 from entreg.records.record import new_record
-from entreg.records.store import RecordStore
+from entreg.tracking import TrackerSettings, track_record, tracker_settings_from_mapping
 from entreg.training.entropy_net import EntropyNetSettings, TrainedEntropyNet, train_entropy_net
 
 TRAINING_POINTS = 20_000
@@ -55,6 +53,7 @@ class GeometryRun:
         scale: ``smoke``, ``offline`` or ``paper``.
         repeats: most rounds of a timing, at least 1.
         time_budget: seconds for all timed rounds of one size; slow sizes run fewer rounds, at least one.
+        tracker: who is told of the run; decides nothing.
     """
 
     experiment: str
@@ -67,10 +66,28 @@ class GeometryRun:
     scale: str
     repeats: int
     time_budget: float
+    tracker: TrackerSettings = field(default_factory=TrackerSettings)
 
+    @property
     def config(self) -> dict[str, Any]:
         """The record's configuration."""
-        return {**asdict(self), "sizes": list(self.sizes)}
+        values = {**asdict(self), "sizes": list(self.sizes)}
+        del values["tracker"]
+        return values
+
+    @property
+    def label(self) -> str:
+        """Distribution, seed and, where they are not the default, training settings."""
+        variant = "" if self.variant == "default" else f" {self.variant}"
+        return f"{self.distribution} seed {self.seed}{variant}"
+
+    def make_record(self, command: str) -> dict[str, Any]:
+        """See :func:`run_geometry`."""
+        record = run_geometry(self, command)
+        # Only now: nothing must run beside what is timed.
+        with tracked_run(self) as tracker:
+            track_record(tracker, record)
+        return record
 
 
 def experiment_configs(config: DictConfig, overrides: Sequence[str]) -> list[dict[str, Any]]:
@@ -116,6 +133,7 @@ def plan_runs(config: Mapping[str, Any]) -> list[GeometryRun]:
         if name not in variants:
             raise ConfigError(f"unknown variant '{name}', known are {', '.join(variants)}")
     seeds = profile["seeds"] if config["seeds"] is None else config["seeds"]
+    tracker = tracker_settings_from_mapping(config["tracker"])
     return [
         GeometryRun(
             experiment=config["name"],
@@ -128,42 +146,12 @@ def plan_runs(config: Mapping[str, Any]) -> list[GeometryRun]:
             scale=profile["name"],
             repeats=profile["repeats"],
             time_budget=config["time_budget"],
+            tracker=tracker,
         )
         for seed in seeds
         for name in names
         for distribution in distributions
     ]
-
-
-def run_all(
-    runs: Sequence[GeometryRun], *, store: str | Path, command: str, force: bool = False
-) -> list[dict[str, Any]]:
-    """Run what has no record yet and save each record as soon as it is there.
-
-    Args:
-        runs: from :func:`plan_runs`.
-        store: folder of the records.
-        command: what to type to repeat the runs.
-        force: run again what has a record already.
-
-    Returns:
-        The records in the order of ``runs``, old ones included.
-
-    Raises:
-        OutputError: a record cannot be written.
-    """
-    require_writable(store)
-    records = RecordStore(store)
-    result = []
-    progress = tqdm(runs, desc="geometry", disable=None)
-    for run in progress:
-        progress.set_postfix_str(f"{run.experiment} {run.distribution} seed {run.seed} {run.variant}")
-        record = None if force else records.find(run.experiment, run.config())
-        if record is None:
-            record = run_geometry(run, command)
-            records.save(record)
-        result.append(record)
-    return result
 
 
 def run_geometry(run: GeometryRun, command: str) -> dict[str, Any]:
@@ -214,7 +202,7 @@ def _run(run: GeometryRun, command: str) -> dict[str, Any]:
     return new_record(
         experiment=run.experiment,
         scale=run.scale,
-        config=run.config(),
+        config=run.config,
         command=command,
         dataset=describe_points(run.distribution, run.sizes[-1], run.seed),
         model={"name": "EntropyNet", "parameters": sum(p.numel() for p in trained.net.parameters())},

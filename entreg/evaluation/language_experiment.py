@@ -87,6 +87,11 @@ class LanguageRun:
         """Name of the experiment in the records."""
         return self.config["name"]
 
+    @property
+    def label(self) -> str:
+        """Method and seed."""
+        return f"{self.config['method']} seed {self.config['seed']}"
+
     def make_record(self, command: str) -> dict[str, Any]:
         """See :func:`run_language`.
 

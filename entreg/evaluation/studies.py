@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,10 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from entreg import distributed
 from entreg.atomic import require_writable
-from entreg.errors import ConfigError
+from entreg.errors import BusyError, ConfigError
 from entreg.records.store import RecordStore
+from entreg.runs.directory import RunDirectory, described
+from entreg.runs.lock import Attempt, told
+from entreg.runs.multirun import is_multirun, needs_value, plan_job
 
-NOT_RECORDED = ("store", "checkpoints", "resume", "force", "study", "profile")
+NOT_RECORDED = ("store", "checkpoints", "resume", "force", "study", "profile", "objective", "tracker")
 """Keys of an entry configuration that do not decide a run's result."""
 
 
@@ -25,12 +29,16 @@ class Run(Protocol):
     Attributes:
         config: everything that decides its result; the record's own.
         experiment: name in the records.
+        label: what tells it from the experiment's other runs, for people.
     """
 
     config: Mapping[str, Any]
 
     @property
     def experiment(self) -> str: ...
+
+    @property
+    def label(self) -> str: ...
 
     def make_record(self, command: str) -> dict[str, Any]:
         """Do the run."""
@@ -68,11 +76,13 @@ def study_configs(config: DictConfig, overrides: Sequence[str], entry: str = "tr
 def run_all(runs: Sequence[Run], *, store: str | Path, command: str, force: bool = False) -> list[dict[str, Any]]:
     """Run what has no record yet and save each record as soon as it is there.
 
-    Several processes of a launcher share each run; the first one reads and writes the records.
+    A run that another process is at is left to it: in a multirun at all, otherwise until the others are done. One that
+    fails does not keep the others from being run. Several processes of a launcher share each run; the first one reads
+    and writes.
 
     Args:
         runs: planned runs.
-        store: folder of the records.
+        store: folder of the records and, beside them, of the runs' directories, see :mod:`entreg.runs.directory`.
         command: what to type to repeat the runs.
         force: run again what has a record already.
 
@@ -81,20 +91,86 @@ def run_all(runs: Sequence[Run], *, store: str | Path, command: str, force: bool
 
     Raises:
         OutputError: a record or checkpoint cannot be written.
+        BusyError: another process is at a run, and this one does not wait for it.
+        Exception: what the first run that failed did.
     """
     records = RecordStore(store)
-    result = []
+    found: dict[int, dict[str, Any]] = {}
+    failures: list[Exception] = []
+    left = list(range(len(runs)))
     with distributed.joined(runs[0].config.get("device", "cpu") if runs else "cpu"):
         distributed.from_first(lambda: require_writable(store))
-        for number, run in enumerate(runs, 1):
-            record = distributed.from_first(lambda run=run: None if force else records.find(run.experiment, run.config))
-            if record is None:
-                print(f"run {number} of {len(runs)}: {run.experiment} {run.config['method']} seed {run.config['seed']}")
-                record = run.make_record(command)
-                if distributed.is_first():
-                    records.save(record)
-            result.append(record)
-    return result
+        plan_job([_planned(run, records) for run in runs], command=command)
+        # First what nobody else is at, then, where nothing else is left to do, what others have left undone.
+        for wait in (False, True) if not distributed.launched() and (needs_value() or not is_multirun()) else (False,):
+            todo, left = left, []
+            for number in todo:
+                try:
+                    found[number] = _run_once(
+                        runs[number], records, command, force, wait, f"{number + 1} of {len(runs)}"
+                    )
+                except BusyError:
+                    left.append(number)
+                except Exception as error:
+                    if distributed.launched() or len(runs) == 1:
+                        raise
+                    print(
+                        f"Failed: {runs[number].experiment} {runs[number].label}: {described(error)}", file=sys.stderr
+                    )
+                    failures.append(error)
+    if failures:
+        print(f"{len(failures)} of {len(runs)} runs failed; the same command runs only them again.", file=sys.stderr)
+        raise failures[0]
+    if left:
+        run = runs[left[0]]
+        holder = told(RunDirectory.of(store, run.experiment, run.config).lock.holder())
+        raise BusyError(f"{run.experiment} {run.label} is being run by {holder}.")
+    return [found[number] for number in range(len(runs))]
+
+
+def _planned(run: Run, records: RecordStore) -> tuple[str, Path, Path]:
+    directory = RunDirectory.of(records.root, run.experiment, run.config).path
+    return f"{run.experiment} {run.label}", directory, records.path_for(run.experiment, run.config)
+
+
+def _run_once(run: Run, records: RecordStore, command: str, force: bool, wait: bool, which: str) -> dict[str, Any]:
+    """The record of a run, which is run if it has none.
+
+    Raises:
+        BusyError: another process is at it, and ``wait`` is not asked for.
+    """
+    directory = RunDirectory.of(records.root, run.experiment, run.config)
+    attempt: Attempt | None = None
+
+    def decide() -> tuple[dict[str, Any] | None, bool]:
+        nonlocal attempt
+        record = None if force else records.find(run.experiment, run.config)
+        if record is None:
+            attempt = directory.lock.wait() if wait else directory.lock.acquire()
+        if attempt is not None and not force:
+            # Whoever had the lock until now may have finished the run.
+            record = records.find(run.experiment, run.config)
+        if record is not None:
+            directory.confirm_done(records.path_for(run.experiment, run.config))
+            if attempt is not None:
+                attempt.end("nothing to do")
+        return record, attempt is not None
+
+    record, mine = distributed.from_first(decide)
+    if record is not None:
+        return record
+    if not mine:
+        raise BusyError(f"Another process is at {run.experiment} {run.label}.")
+    print(f"run {which}: {run.experiment} {run.label}")
+    if attempt is None:
+        # The first process of this launcher writes for all of them.
+        return run.make_record(command)
+    with directory.attempting(attempt, run.config, command):
+        record = run.make_record(command)
+        if not attempt.is_mine():
+            raise BusyError(f"{run.experiment} {run.label} was taken over while this process was suspended.")
+        directory.mark_done(records.save(record))
+    return record
 
 
 def scaled_trainer(trainer: Mapping[str, Any], factor: float) -> dict[str, Any]:

@@ -55,6 +55,11 @@ class VisionRun:
         return self.config["name"]
 
     @property
+    def label(self) -> str:
+        """Method and seed."""
+        return f"{self.config['method']} seed {self.config['seed']}"
+
+    @property
     def base_config(self) -> dict[str, Any]:
         """What decides the dense model that all methods of a seed share."""
         base = {**self.config["base"], "trainer": _settings(self, "base").deciding()}

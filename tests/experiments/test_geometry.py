@@ -12,9 +12,10 @@ from hydra.core.global_hydra import GlobalHydra
 
 from entreg.cli import CONFIGS
 from entreg.errors import ConfigError
-from entreg.evaluation.geometry_experiment import experiment_configs, measure_methods, plan_runs, run_all
+from entreg.evaluation.geometry_experiment import experiment_configs, measure_methods, plan_runs
 from entreg.evaluation.geometry_methods import PROBLEMS, Answer, Method
 from entreg.evaluation.geometry_report import report
+from entreg.evaluation.studies import run_all
 from entreg.records.store import RecordStore
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment" / "geometry").glob("*.yaml"))
@@ -69,7 +70,7 @@ def test_every_experiment_runs_under_the_smoke_profile(name, tmp_path):
     assert "entropy net, rewrite" in text or name == "sensitivity"
     # A second call finds all records and computes nothing: the records are the very same.
     assert run_all(runs, store=tmp_path, command="another") == [
-        RecordStore(tmp_path).find(run.experiment, run.config()) for run in runs
+        RecordStore(tmp_path).find(run.experiment, run.config) for run in runs
     ]
 
 
