@@ -22,6 +22,8 @@ WIKITEXT ?=
 CNN ?=
 # More Hydra overrides for these targets, e.g. OVERRIDES='data.subset=true model.checkpoint=vit.safetensors'.
 OVERRIDES ?=
+# Folder of tracked runs: tracker.directory of their configurations.
+TRACKED ?= outputs
 .DELETE_ON_ERROR:
 
 .PHONY: help
@@ -132,6 +134,14 @@ tables: $(STAMP) ## rebuild tables, figures and the README's claims table from t
 .PHONY: check-tables
 check-tables: $(STAMP) ## fail when the committed tables differ from what the committed records give
 	$(BIN)/python scripts/tables.py --check
+
+.PHONY: dashboard
+dashboard: $(STAMP) ## look at tracked runs in the terminal (q leaves, h helps); TRACKED=folder for others than outputs
+	$(BIN)/python scripts/dashboard.py '$(TRACKED)'
+
+.PHONY: wandb-sync
+wandb-sync: $(STAMP) ## upload the runs that wandb tracked offline, each once; needs wandb login or WANDB_API_KEY
+	$(BIN)/python scripts/dashboard.py '$(TRACKED)' --upload
 
 .PHONY: notebooks
 notebooks: $(STAMP) ## run the notebooks on the reference records; executed copies go to outputs/notebooks

@@ -4,17 +4,16 @@ A tracker is a convenience: it opens at its first row, never raises into a run, 
 ``metrics.jsonl`` and record all the same. Neither wandb nor TensorBoard is imported before a run is tracked.
 """
 
-from entreg.tracking.attention import AttentionWatch
 from entreg.tracking.records import track_record
 from entreg.tracking.settings import TrackerSettings, tracker_settings_from_mapping
-from entreg.tracking.tracker import NoTracker, Tracker, open_tracker, tracked
+from entreg.tracking.tracker import NoTracker, Tracker, open_tracker, say, tracked
 
 __all__ = [
-    "AttentionWatch",
     "NoTracker",
     "Tracker",
     "TrackerSettings",
     "open_tracker",
+    "say",
     "track_record",
     "tracked",
     "tracker_settings_from_mapping",

@@ -16,10 +16,10 @@ from entreg.tracking.tracker import Tracker, say
 
 
 class AttentionWatch:
-    """Row entropies of every layer's attention on the same few items: a histogram over items and heads, in nats, and
-    the effective support exp(H) of their mean, a number of keys.
+    """Row entropies of every layer's attention on the same few items.
 
-    Under a sparse path these are of the tokens that are left.
+    ``row_entropy/layer_...`` is their histogram over items and heads, in nats; ``row_support/layer_...`` the effective
+    support exp(H) of their mean, a number of keys. Under a sparse path these are of the tokens that are left.
 
     Args:
         tracker: of the run.
@@ -67,6 +67,6 @@ class AttentionWatch:
                 generator=generator,
             )
             layer = f"layer_{one.layer:02d}"
-            self._tracker.histogram(f"attention/row_entropy/{layer}", entropies.float().cpu(), step)
-            supports[f"attention/effective_support/{layer}"] = effective_support(entropies.mean()).item()
+            self._tracker.histogram(f"row_entropy/{layer}", entropies.float().cpu(), step)
+            supports[f"row_support/{layer}"] = effective_support(entropies.mean()).item()
         self._tracker.log(supports, step)

@@ -22,7 +22,7 @@ class TrackerSettings:
         mode: of wandb, one of :data:`MODES`: into files, to a server, or not at all.
         directory: folder of the trackers' own files: ``<directory>/wandb``, ``<directory>/tensorboard``.
         project, entity: of wandb; without an entity, the account's own.
-        group: under which runs are shown together; None: the experiment's name.
+        group: under which runs are shown together; None: the sweep's name, or the experiment's.
         tags: words by which runs can be found, besides the experiment, the scale and the method.
         attention_every: steps between two looks at the attention of every layer; None: never.
         attention_items: images or texts that are looked at.

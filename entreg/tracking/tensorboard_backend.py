@@ -32,11 +32,11 @@ class TensorBoardTracker:
         rows: Sequence[Row] | None,
         config: Mapping[str, Any],
         experiment: str,
+        group: str,
         name: str,
         run_id: str,
         tags: Sequence[str],
     ) -> None:
-        group = settings.group or experiment
         folder = Path(settings.directory) / "tensorboard" / group / f"{name.replace(' ', '-')}-{run_id}"
         require_writable(folder)
         purge = None if rows is None else (rows[-1]["step"] + 1 if rows else 0)

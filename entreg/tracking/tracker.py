@@ -175,6 +175,7 @@ def open_tracker(
     *,
     config: Mapping[str, Any],
     experiment: str,
+    group: str,
     name: str,
     run_id: str,
     tags: Sequence[str] = (),
@@ -184,7 +185,8 @@ def open_tracker(
     Args:
         settings: see :class:`TrackerSettings`.
         config: everything that decides the run's result, plain values.
-        experiment: of the run; the group of its runs unless the settings name one.
+        experiment: of the run.
+        group: under which it is shown unless the settings name one.
         name: by which people know the run.
         run_id: the same for a resumed run, which goes on in its own curve, and for no other; letters, digits, hyphens.
         tags: besides the experiment and those of the settings.
@@ -197,6 +199,7 @@ def open_tracker(
     identity = {
         "config": config,
         "experiment": experiment,
+        "group": settings.group or group,
         "name": name,
         "run_id": run_id,
         "tags": [experiment, *tags, *settings.tags],

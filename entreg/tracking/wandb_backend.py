@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,15 +20,15 @@ import wandb
 from entreg.atomic import require_writable
 from entreg.errors import first_line
 from entreg.records.environment import git_state
+from entreg.tracking.offline_runs import log_records, run_parts
 from entreg.tracking.settings import TrackerSettings
 from entreg.tracking.tracker import Row, say
 
-_BINS = 64
+_BINS = 32
 _TRIES = 3
 _REQUEST_SECONDS = 10.0
 _START_SECONDS = 30.0
 _FINISH_SECONDS = 60.0
-_INSPECT_SECONDS = 120.0
 
 
 class WandbTracker:
@@ -49,6 +47,7 @@ class WandbTracker:
         rows: Sequence[Row] | None,
         config: Mapping[str, Any],
         experiment: str,
+        group: str,
         name: str,
         run_id: str,
         tags: Sequence[str],
@@ -60,14 +59,16 @@ class WandbTracker:
         os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb" / "cache"))
         starts_afresh = rows is not None and not rows
         if starts_afresh:
-            _forget_parts(folder, run_id)
+            # What an earlier attempt left, as its checkpoints and rows are removed.
+            for part in run_parts(folder, run_id):
+                shutil.rmtree(part)
         last = last_tracked_step(folder, run_id)
         options = {
             "id": run_id,
             "name": name,
             "project": settings.project,
             "entity": settings.entity,
-            "group": settings.group or experiment,
+            "group": group,
             "tags": list(dict.fromkeys(tags)),
             "dir": str(folder),
             "config": {**config, "experiment": experiment, "code": git_state()},
@@ -75,6 +76,8 @@ class WandbTracker:
             "resume": None if starts_afresh else "allow",
         }
         self._run = _started(settings.mode, folder, options)
+        # Bounds and counts of histograms are no numbers of the whole run.
+        self._run.define_metric("row_entropy/*", summary="none")
         if self._run.resumed:
             last = max(last, self._run.step - 1)
         # What was tracked before this process began, and the newest step of all.
@@ -137,13 +140,13 @@ def _started(mode: str, folder: Path, options: Mapping[str, Any]) -> wandb.Run:
         x_graphql_timeout_seconds=_REQUEST_SECONDS,
     )
     if mode == "online":
-        before = _parts(folder, options["id"])
+        before = run_parts(folder, options["id"])
         try:
             run = wandb.init(mode="online", settings=settings, **options)
         except Exception as error:
             # The service remembers a run that it could not start.
             wandb.teardown(exit_code=1)
-            for part in set(_parts(folder, options["id"])) - set(before):
+            for part in set(run_parts(folder, options["id"])) - set(before):
                 shutil.rmtree(part, ignore_errors=True)
             say(
                 f"wandb's server does not take the run ({first_line(error).rstrip('.')}); it is kept in {folder} "
@@ -160,33 +163,11 @@ def last_tracked_step(folder: Path, run_id: str) -> int:
 
     wandb writes every few seconds; what a killed process had not yet written is missing.
     """
-    for part in reversed(_parts(folder, run_id)):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(_log_file(part, run_id))]
-        environment = {**os.environ, "WANDB_MODE": "offline"}
-        output = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=_INSPECT_SECONDS, check=False
-        ).stdout
-        records = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-        steps = [one["history"]["step"]["num"] for one in records if one["type"] == "history"]
+    for part in reversed(run_parts(folder, run_id)):
+        steps = [one["history"]["step"]["num"] for one in log_records(part) if one["type"] == "history"]
         if steps:
             return max(steps)
     return -1
-
-
-def _parts(folder: Path, run_id: str) -> list[Path]:
-    """Folders of a run's parts, oldest first."""
-    found = [part for part in (folder / "wandb").glob(f"*run-*-{run_id}") if _log_file(part, run_id).exists()]
-    return sorted(found, key=lambda part: part.name.removeprefix("offline-"))
-
-
-def _log_file(part: Path, run_id: str) -> Path:
-    return part / f"run-{run_id}.wandb"
-
-
-def _forget_parts(folder: Path, run_id: str) -> None:
-    """Removes what an earlier attempt left, as its checkpoints and rows are removed."""
-    for part in _parts(folder, run_id):
-        shutil.rmtree(part)
 
 
 def _cell(value: Any) -> Any:
