@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from entreg.adapters import probe, sparsify
 from entreg.adapters.language_models import DTYPES, LanguageModel, load_language_model, random_language_model
@@ -31,8 +32,11 @@ from entreg.evaluation.language_evaluation import (
     open_tasks,
 )
 from entreg.evaluation.studies import NOT_RECORDED, chosen_device, last_step, scaled_trainer
+from entreg.evaluation.tracked_runs import tracked_run
 from entreg.records.record import config_hash, new_record
 from entreg.sparse import DecoderSparsity, sparsity_from_mapping
+from entreg.tracking import Tracker, TrackerSettings, track_record, tracker_settings_from_mapping
+from entreg.tracking.attention import AttentionWatch
 from entreg.training.checkpoints import load_model_weights
 from entreg.training.language import (
     LanguageObjective,
@@ -76,11 +80,13 @@ class LanguageRun:
         config: the resolved configuration without what does not decide the result, plus ``scale``; the record's own.
         folder: of the checkpoints of all runs.
         resume: ``auto`` or None.
+        tracker: who is told of the run.
     """
 
     config: Mapping[str, Any]
     folder: Path
     resume: str | None
+    tracker: TrackerSettings = field(default_factory=TrackerSettings)
 
     @property
     def experiment(self) -> str:
@@ -127,7 +133,8 @@ def plan_run(config: Mapping[str, Any]) -> LanguageRun:
     kept["device"] = chosen_device(config["device"])
     kept["scale"] = profile["name"]
     kept["name"] = _experiment(config["name"], kept["model"])
-    run = LanguageRun(kept, Path(config["checkpoints"]), config["resume"])
+    tracker = tracker_settings_from_mapping(config["tracker"])
+    run = LanguageRun(kept, Path(config["checkpoints"]), config["resume"], tracker)
     if kept["model"]["dtype"] not in DTYPES:
         raise ConfigError(f"model.dtype must be one of {', '.join(DTYPES)}, got '{kept['model']['dtype']}'")
     if _settings(run).steps > 0:
@@ -193,14 +200,30 @@ def run_language(run: LanguageRun, command: str) -> dict[str, Any]:
     language = _load(run)
     check_model(language.model, language.name, evaluation)
     tasks = open_tasks(evaluation, corpora, language.tokenizer)
-    metrics, trained = _train_further(run, language, corpora.get(("text", "train")))
-    if trained is not None and trained.sharded:
-        # Every process evaluates by itself, with all weights: the same model once more, and its checkpoint.
-        language = _load(run)
-        prepare_language_training(language.model, run.config["training"]["adaptation"])
-        load_model_weights(language.model, trained.checkpoint)
-    language.model.to(run.config["device"], getattr(torch, run.config["model"]["dtype"])).eval()
-    measured, rows = evaluate_everything(language.model, language.tokenizer, tasks, evaluation)
+    with tracked_run(run) as tracker:
+        metrics, trained = _train_further(run, language, corpora.get(("text", "train")), tracker)
+        if trained is not None and trained.sharded:
+            # Every process evaluates by itself, with all weights: the same model once more, and its checkpoint.
+            language = _load(run)
+            prepare_language_training(language.model, run.config["training"]["adaptation"])
+            load_model_weights(language.model, trained.checkpoint)
+        language.model.to(run.config["device"], getattr(torch, run.config["model"]["dtype"])).eval()
+        measured, rows = evaluate_everything(language.model, language.tokenizer, tasks, evaluation)
+        metrics = {**metrics, **measured}
+        record = _record(run, command, language, corpora, metrics, rows, time.perf_counter() - start)
+        track_record(tracker, record)
+    return record
+
+
+def _record(
+    run: LanguageRun,
+    command: str,
+    language: LanguageModel,
+    corpora: Mapping[tuple[str, str], Corpus],
+    metrics: dict[str, Any],
+    rows: list[dict[str, Any]],
+    seconds: float,
+) -> dict[str, Any]:
     return new_record(
         experiment=run.experiment,
         scale=run.config["scale"],
@@ -214,9 +237,9 @@ def run_language(run: LanguageRun, command: str) -> dict[str, Any]:
         },
         seed=run.config["seed"],
         repeats=1,
-        metrics={**metrics, **measured},
+        metrics=metrics,
         rows=rows,
-        wall_seconds=time.perf_counter() - start,
+        wall_seconds=seconds,
     )
 
 
@@ -239,7 +262,7 @@ def _load(run: LanguageRun) -> LanguageModel:
 
 
 def _train_further(
-    run: LanguageRun, language: LanguageModel, text: Corpus | None
+    run: LanguageRun, language: LanguageModel, text: Corpus | None, tracker: Tracker
 ) -> tuple[dict[str, Any], TrainingResult | None]:
     """The method's training, in place, its metrics and what it left; low-rank weights are merged at its end."""
     settings = _settings(run)
@@ -277,15 +300,32 @@ def _train_further(
             resume=run.resume,
             extra_parameters=penalties.parameters(),
             device=run.config["device"],
+            tracker=tracker,
+            watch=_watch(run, windows, tracker),
         )
     finally:
         for handle in (captures, sparse):
             if handle is not None:
                 handle.remove()
+    if run.tracker.checkpoints:
+        tracker.artifact(result.checkpoint, folder.name)
     merge_low_rank(model)
     return (
         {"training_seconds": result.seconds, "training_steps": result.steps, **last_step(result.history)},
         result,
+    )
+
+
+def _watch(run: LanguageRun, windows: Tensor, tracker: Tracker) -> AttentionWatch | None:
+    """A look at the attention on the first windows."""
+    if not run.tracker.active or run.tracker.attention_every is None:
+        return None
+    looked_at = windows[: run.tracker.attention_items].to(run.config["device"])
+    return AttentionWatch(
+        # The logits of whole windows would not fit.
+        tracker,
+        run.tracker,
+        lambda model: model(input_ids=looked_at, use_cache=False, logits_to_keep=1),
     )
 
 

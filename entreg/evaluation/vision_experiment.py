@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,12 @@ from entreg.atomic import require_writable
 from entreg.data.vision_sets import describe_dataset
 from entreg.errors import ConfigError
 from entreg.evaluation.studies import NOT_RECORDED, chosen_device, last_step, scaled_trainer
+from entreg.evaluation.tracked_runs import track_overlays, tracked_run
 from entreg.evaluation.vision_evaluation import check_evaluation, evaluate_everything, open_datasets
 from entreg.records.record import config_hash, new_record
 from entreg.sparse import sparsity_from_mapping
+from entreg.tracking import Tracker, TrackerSettings, track_record, tracker_settings_from_mapping
+from entreg.tracking.attention import AttentionWatch
 from entreg.training.checkpoints import load_model_weights
 from entreg.training.curriculum import CellCurriculum, CurriculumSettings
 from entreg.training.loop import TrainingSettings, train, training_settings_from_mapping
@@ -43,11 +46,13 @@ class VisionRun:
         config: the resolved configuration without what does not decide the result, plus ``scale``; the record's own.
         folder: of the checkpoints of all runs.
         resume: ``auto`` or None.
+        tracker: who is told of the run.
     """
 
     config: Mapping[str, Any]
     folder: Path
     resume: str | None
+    tracker: TrackerSettings = field(default_factory=TrackerSettings)
 
     @property
     def experiment(self) -> str:
@@ -89,7 +94,8 @@ def plan_run(config: Mapping[str, Any]) -> VisionRun:
         kept["evaluation"] = {**kept["evaluation"], "limit": min(limit, kept["evaluation"]["limit"] or limit)}
     kept["device"] = chosen_device(config["device"])
     kept["scale"] = profile["name"]
-    run = VisionRun(kept, Path(config["checkpoints"]), config["resume"])
+    tracker = tracker_settings_from_mapping(config["tracker"])
+    run = VisionRun(kept, Path(config["checkpoints"]), config["resume"], tracker)
     _settings(run, "trainer")
     _settings(run, "base")
     _curriculum_settings(run)
@@ -115,11 +121,30 @@ def run_vision(run: VisionRun, command: str) -> dict[str, Any]:
     device = torch.device(run.config["device"])
     datasets = open_datasets(run.config["evaluation"], run.config["data"])
     model, base_seconds = dense_model(run, datasets["train"])
-    gate, metrics = _train_further(run, model, datasets["train"])
-    model.to(device).eval()
-    evaluation, rows = evaluate_everything(
-        model, datasets, run.config["evaluation"], data=run.config["data"], gate=gate
-    )
+    with tracked_run(run) as tracker:
+        gate, metrics = _train_further(run, model, datasets, tracker)
+        model.to(device).eval()
+        evaluation, rows = evaluate_everything(
+            model, datasets, run.config["evaluation"], data=run.config["data"], gate=gate
+        )
+        metrics = {"base_seconds": base_seconds, **metrics, **evaluation}
+        record = _record(run, command, model, metrics, rows, time.perf_counter() - start)
+        track_record(tracker, record)
+        track_overlays(
+            tracker,
+            model,
+            datasets[run.config["evaluation"]["splits"][-1]],
+            run.config["evaluation"],
+            count=run.tracker.overlays,
+            gate=gate,
+            step=metrics.get("training_steps", 0),
+        )
+    return record
+
+
+def _record(
+    run: VisionRun, command: str, model: nn.Module, metrics: dict[str, Any], rows: list[dict[str, Any]], seconds: float
+) -> dict[str, Any]:
     return new_record(
         experiment=run.experiment,
         scale=run.config["scale"],
@@ -132,9 +157,9 @@ def run_vision(run: VisionRun, command: str) -> dict[str, Any]:
         },
         seed=run.config["seed"],
         repeats=1,
-        metrics={"base_seconds": base_seconds, **metrics, **evaluation},
+        metrics=metrics,
         rows=rows,
-        wall_seconds=time.perf_counter() - start,
+        wall_seconds=seconds,
     )
 
 
@@ -162,15 +187,39 @@ def dense_model(run: VisionRun, dataset: Any) -> tuple[nn.Module, float]:
         curriculum.mark(model, run.config["seed"])
     objective = VisionObjective(Penalties({}), curriculum=curriculum)
     folder = run.folder / f"{run.experiment.replace('/', '-')}-dense-{config_hash(run.base_config)}"
-    result = train(model, objective, dataset, settings, folder, resume=run.resume, device=run.config["device"])
+    name = f"dense seed {run.config['seed']}"
+    with tracked_run(run, config={**run.base_config, "scale": run.config["scale"]}, name=name) as tracker:
+        result = train(
+            model,
+            objective,
+            dataset,
+            settings,
+            folder,
+            resume=run.resume,
+            device=run.config["device"],
+            tracker=tracker,
+            watch=_watch(run, dataset, tracker),
+        )
     return model, result.seconds
 
 
-def _train_further(run: VisionRun, model: nn.Module, dataset: Any) -> tuple[nn.ModuleDict | None, dict[str, Any]]:
+def _watch(run: VisionRun, dataset: Any, tracker: Tracker) -> AttentionWatch | None:
+    """A look at the attention on the first images of a split."""
+    if not run.tracker.active or run.tracker.attention_every is None:
+        return None
+    count = min(run.tracker.attention_items, len(dataset))
+    images = torch.stack([dataset[index]["images"] for index in range(count)])
+    return AttentionWatch(tracker, run.tracker, lambda model: model(images.to(next(model.parameters()).device)))
+
+
+def _train_further(
+    run: VisionRun, model: nn.Module, datasets: Mapping[str, Any], tracker: Tracker
+) -> tuple[nn.ModuleDict | None, dict[str, Any]]:
     """The method's training of the dense model, in place, every handle removed again; its gate, if it has one."""
     settings = _settings(run, "trainer")
     if settings.steps == 0:
         return None, {"training_seconds": 0.0}
+    dataset = datasets["train"]
     regularizer = run.config["regularizer"]
     penalties = _penalties(run)
     teacher = frozen_copy(model).to(run.config["device"]) if regularizer["distillation"] > 0 else None
@@ -202,11 +251,15 @@ def _train_further(run: VisionRun, model: nn.Module, dataset: Any) -> tuple[nn.M
             resume=run.resume,
             extra_parameters=extra,
             device=run.config["device"],
+            tracker=tracker,
+            watch=_watch(run, datasets[run.config["evaluation"]["splits"][0]], tracker),
         )
     finally:
         for handle in (captures, sparse):
             if handle is not None:
                 handle.remove()
+    if run.tracker.checkpoints:
+        tracker.artifact(result.checkpoint, folder.name)
     gate = None if sparse is None else sparse.gate
     return gate, {"training_seconds": result.seconds, "training_steps": result.steps, **last_step(result.history)}
 

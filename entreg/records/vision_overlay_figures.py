@@ -33,10 +33,24 @@ def overlays_figure(records: list[dict[str, Any]]) -> Figure | None:
     if study is None:
         return None
     shown = {method: study.records[method, study.seeds(method)[0]]["metrics"]["overlays"] for method in study.methods}
-    scenes = next(iter(shown.values()))
-    count = len(scenes["image"])
-    columns = 1 + len(shown)
-    figure, grid = new_figure(count, columns, width=2.1 * columns, height=2.28 * count + 0.35, squeeze=False)
+    firsts = {method: next(iter(found["plans"].values())) for method, found in shown.items()}
+    columns = [
+        (f"{method_words(method)}\n{_plan_words(plan)}", shown[method], plan) for method, plan in firsts.items()
+    ]
+    return scenes_figure(next(iter(shown.values())), columns)
+
+
+def scenes_figure(
+    scenes: Mapping[str, Any], columns: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]]
+) -> Figure:
+    """A row per image: the image, then what each plan makes of it.
+
+    Args:
+        scenes: from :func:`entreg.evaluation.vision_overlays.overlays`; their dense answers are shown.
+        columns: title, overlays and one of their plans each.
+    """
+    count, width = len(scenes["image"]), 1 + len(columns)
+    figure, grid = new_figure(count, width, width=2.1 * width, height=2.28 * count + 0.35, squeeze=False)
     for axes in grid.flat:
         axes.set_xticks([])
         axes.set_yticks([])
@@ -48,12 +62,11 @@ def overlays_figure(records: list[dict[str, Any]]) -> Figure | None:
         if scenes["mask"][row] is not None:
             _outline(grid[row][0], scenes["mask"][row], scenes["grid"], picture.shape[:2])
         _answers(grid[row][0], scenes["answers"][row], scenes["labels"][row])
-        for axes, (method, found) in zip(grid[row][1:], shown.items(), strict=True):
-            plan = next(iter(found["plans"].values()))
+        for axes, (title, found, plan) in zip(grid[row][1:], columns, strict=True):
             _overlay(axes, _on_white(found["image"][row]), found["grid"], plan, row)
             _answers(axes, plan["answers"][row], found["labels"][row])
             if row == 0:
-                axes.set_title(f"{method_words(method)}\n{_plan_words(plan)}", fontsize=10)
+                axes.set_title(title, fontsize=10)
     grid[0][0].set_title("scene and mask\ndense model's answers", fontsize=10)
     return figure
 
