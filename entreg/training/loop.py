@@ -23,7 +23,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from entreg.atomic import require_writable
+from entreg.distributed import is_first
 from entreg.errors import ConfigError, InputError, TrainingError
+from entreg.runs.lock import exclusive
 from entreg.training.batches import (
     Mixing,
     PositionedDataset,
@@ -119,7 +121,7 @@ def train(
         dataset: map-style, items are mappings of tensors as the objective reads them; ``__getitems__`` is used when
             there; see :class:`entreg.training.batches.PositionedDataset`.
         settings: everything else that decides the run.
-        directory: of the run; made when missing.
+        directory: of the run; made when missing. While another process trains in it, this one waits.
         resume: ``"auto"`` goes on from the newest undamaged checkpoint in the directory, if there is one; None starts
             again and removes what is there.
         extra_parameters: trained with the model's, without weight decay; for example gates and anchors. They are
@@ -148,7 +150,12 @@ def train(
         raise ConfigError(f"the device of training must be auto, cpu or, where torch sees one, cuda, got '{device}'")
     if settings.steps == 0:
         raise ConfigError("training needs at least one step, got steps: 0")
-    with _gradient_checkpointing(model, settings.gradient_checkpointing), kept_random_state(cuda=True):
+    with (
+        # Two runs may share a model that is trained first, and be started at once.
+        exclusive(directory) if is_first() else contextlib.nullcontext(),
+        _gradient_checkpointing(model, settings.gradient_checkpointing),
+        kept_random_state(cuda=True),
+    ):
         data = PositionedDataset(dataset, settings.seed, augment)
         run = _Run(
             model, objective, data, settings, Path(directory), extra_parameters, evaluate, device, tracker, watch
