@@ -144,7 +144,7 @@ def _run_hydra(function: Callable[[Any], Any], config_name: str, folder: Path, c
     multirun.RegisterSweep.begun = None
 
     def run() -> None:
-        with _arguments(_CALLBACK):
+        with _further_override(_CALLBACK):
             hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
 
     try:
@@ -172,10 +172,11 @@ def _run_hydra(function: Callable[[Any], Any], config_name: str, folder: Path, c
 
 
 @contextlib.contextmanager
-def _arguments(*more: str) -> Iterator[None]:
-    """Hydra sees further arguments, which nobody typed."""
+def _further_override(override: str) -> Iterator[None]:
+    """Hydra sees one more override, which nobody typed. It reads overrides only if they stand together."""
     typed = sys.argv
-    sys.argv = [*typed, *more]
+    first = next((place for place, word in enumerate(typed) if place and "=" in word and word[0] != "-"), len(typed))
+    sys.argv = [*typed[:first], override, *typed[first:]]
     try:
         yield
     finally:
