@@ -1,4 +1,4 @@
-"""ImageNet in the two layouts in which people have it: folders of images, and parquet files.
+"""ImageNet in the three layouts in which people have it: folders of images, parquet files and WebDataset shards.
 
 Also for any other data set in these layouts, with its own number of classes. Every way in which a copy tends to be
 wrong (unsorted validation images, missing classes, missing parquet files) is said in one sentence.
@@ -16,22 +16,27 @@ import numpy as np
 from entreg.compat import ensure_torchvision
 from entreg.data.assets import cache_directory
 from entreg.data.image_sources import FileImages, ImageSource, TableImages
+from entreg.data.streaming import grouped_images, require_all_parts
+from entreg.data.webdataset import ShardImages, find_shards, shard_index
 from entreg.errors import AssetError, ConfigError, first_line
 
 IMAGENET_CLASSES = 1000
 
 _GET_IMAGENET = (
     "get it from https://image-net.org or https://huggingface.co/datasets/ILSVRC/imagenet-1k, and set data.root to the "
-    "folder with train/ and val/, or with data/train-*.parquet and data/validation-*.parquet"
+    "folder with train/ and val/, or data/train-*.parquet and data/validation-*.parquet, or *train*.tar and *val*.tar"
 )
 
 
-def imagenet(root: str | Path | None, part: str, *, num_classes: int, subset: bool) -> ImageSource:
-    """ImageNet-1K, or a data set in its layout, as folders of images or as parquet files.
+def imagenet(
+    root: str | Path | None, part: str, *, num_classes: int, subset: bool, streaming: bool = False
+) -> ImageSource:
+    """ImageNet-1K, or a data set in its layout, as folders of images, parquet files or WebDataset shards.
 
     Folders: ``train/<class>/*.JPEG`` and ``val/<class>/*.JPEG``, classes numbered in the order of their sorted names,
     which for the 1,000 synsets is the official order. Parquet: ``data/train-*.parquet`` and
-    ``data/validation-*.parquet`` with columns ``image`` and ``label``, as on the Hugging Face hub.
+    ``data/validation-*.parquet`` with columns ``image`` and ``label``, as on the Hugging Face hub. Shards:
+    ``*train*.tar`` and ``*val*.tar`` with ``<name>.jpg`` and ``<name>.cls``, see :mod:`entreg.data.webdataset`.
 
     Args:
         root: folder of the data set.
@@ -39,6 +44,7 @@ def imagenet(root: str | Path | None, part: str, *, num_classes: int, subset: bo
         num_classes: how many classes there must be.
         subset: with True classes may be missing: 1,000 classes keep their official numbers by the synset's name, fewer
             are numbered as they come.
+        streaming: read parquet files in place, also from a URL, see :mod:`entreg.data.streaming`.
 
     Raises:
         AssetError: the root is no such folder, or classes, images or parquet files are missing or too many.
@@ -46,16 +52,28 @@ def imagenet(root: str | Path | None, part: str, *, num_classes: int, subset: bo
     """
     if root is None:
         raise ConfigError(f"data.root is not set: ImageNet is not fetched by itself; {_GET_IMAGENET}")
+    word = {"train": "train", "val": "validation"}[part]
+    if streaming:
+        make, names, labels, where = grouped_images(str(root), word, _GET_IMAGENET)
+        _require_labels(labels, where, num_classes, subset)
+        return make(names=names, labels=labels, num_classes=num_classes, revision=_names_revision(names, labels))
     root = Path(root).expanduser()
     if not root.is_dir():
         raise AssetError(f"there is no folder {root} with ImageNet; {_GET_IMAGENET}")
     if (root / part).is_dir():
         return _folder_images(root, part, num_classes, subset)
-    word = {"train": "train", "val": "validation"}[part]
+    shards = find_shards(root, part)
+    if shards:
+        places, names, labels = shard_index(shards)
+        _require_labels(labels, f"{root}/*{part}*.tar", num_classes, subset)
+        revision = _names_revision(names, labels)
+        return ShardImages(shards, places, names=names, labels=labels, num_classes=num_classes, revision=revision)
     tables = sorted(root.glob(f"{word}-*.parquet")) or sorted((root / "data").glob(f"{word}-*.parquet"))
     if not tables:
         found = ", ".join(sorted(entry.name for entry in root.iterdir())[:5]) or "nothing"
-        raise AssetError(f"{root} holds neither {part}/ nor {word}-*.parquet (but {found}); {_GET_IMAGENET}")
+        raise AssetError(
+            f"{root} holds neither {part}/ nor {word}-*.parquet nor *{part}*.tar (but {found}); {_GET_IMAGENET}"
+        )
     return _table_images(tables, num_classes, subset)
 
 
@@ -127,9 +145,7 @@ def _table_images(tables: Sequence[Path], num_classes: int, subset: bool) -> Ima
         raise ConfigError(
             f"reading {tables[0].parent}/*.parquet needs the package datasets: pip install datasets"
         ) from error
-    promised = tables[0].stem.split("-of-")
-    if len(promised) == 2 and promised[1][:5].isdigit() and int(promised[1][:5]) != len(tables):
-        raise AssetError(f"{tables[0].parent} holds {len(tables)} files like {tables[0].name}; some are missing")
+    require_all_parts([path.name for path in tables], tables[0].parent)
     where = f"{tables[0].parent}/{tables[0].name.split('-')[0]}-*.parquet"
     try:
         # For random access the rows are copied once into a memory-mapped file in the cache.
@@ -145,6 +161,16 @@ def _table_images(tables: Sequence[Path], num_classes: int, subset: bool) -> Ima
         labels = np.array(table["label"][:], dtype=np.int64)
     except (KeyError, ValueError, TypeError, OSError, datasets.exceptions.DatasetsError) as error:
         raise AssetError(f"{where} cannot be read as a table of images and labels ({first_line(error)})") from error
+    _require_labels(labels, where, num_classes, subset)
+    # Only the paths are read here: the column of images is larger than memory.
+    paths = [path for chunk in table.data.column("image").chunks for path in chunk.field("path").to_pylist()]
+    names = [str(row) if path is None else Path(path).stem for row, path in enumerate(paths)]
+    revision = _names_revision(names, labels)
+    return TableImages(table["image"], where, names=names, labels=labels, num_classes=num_classes, revision=revision)
+
+
+def _require_labels(labels: np.ndarray, where: str, num_classes: int, subset: bool) -> None:
+    """Make sure that the labels are those of the classes that there are to be."""
     present = np.unique(labels)
     if len(labels) == 0 or present[0] < 0 or present[-1] >= num_classes:
         raise AssetError(f"{where} holds labels outside [0, {num_classes}), the range of data.num_classes")
@@ -154,11 +180,6 @@ def _table_images(tables: Sequence[Path], num_classes: int, subset: bool) -> Ima
             f"{where} holds {len(present)} of {num_classes} classes, {missing[0]} is missing; complete it, or set "
             "data.subset=true when a part is meant"
         )
-    # Only the paths are read here: the column of images is larger than memory.
-    paths = [path for chunk in table.data.column("image").chunks for path in chunk.field("path").to_pylist()]
-    names = [str(row) if path is None else Path(path).stem for row, path in enumerate(paths)]
-    revision = _names_revision(names, labels)
-    return TableImages(table["image"], where, names=names, labels=labels, num_classes=num_classes, revision=revision)
 
 
 def _names_revision(names: Sequence[str], labels: np.ndarray) -> str:

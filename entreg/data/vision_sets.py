@@ -32,7 +32,7 @@ _SCENES = {"digit_scenes": DigitScenes, "cluttered_mnist": ClutteredDigits, "tex
 _IMAGES = {"imagenet": ("train", "val"), "cifar100": ("train", "test"), "svhn": ("train", "test")}
 _IMAGE_KEYS = frozenset({"name", "root", "validation_fraction", "preprocessing", "augmentation", "masks"})
 _SOURCE_KEYS = {
-    "imagenet": frozenset({"num_classes", "subset"}),
+    "imagenet": frozenset({"num_classes", "subset", "streaming"}),
     "cifar100": frozenset({"download"}),
     "svhn": frozenset({"download"}),
 }
@@ -124,6 +124,15 @@ class LabelledImages(Dataset):
     def num_classes(self) -> int:
         """Classes of the task."""
         return self.source.num_classes
+
+    @property
+    def blocks(self) -> np.ndarray | None:
+        """How many of the images, in order, are read together; None where each is read by itself."""
+        blocks = getattr(self.source, "blocks", None)
+        if blocks is None:
+            return None
+        owners = np.searchsorted(np.cumsum(blocks), self.indices, side="right")
+        return np.bincount(owners, minlength=len(blocks))
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -24,6 +24,9 @@ from entreg.errors import ConfigError, InputError
 # Streams of random numbers under one seed.
 _ORDER, _ITEM, _MIXING, _FORWARD = range(4)
 
+_QUEUE_PLACES = 8
+"""Of a batch that draw from one queue of blocks: fewer would mix better, more would read fewer blocks at a time."""
+
 
 def _draw(seed: int, *what: int) -> int:
     """A 64-bit seed for one purpose; different arguments give independent streams."""
@@ -92,6 +95,11 @@ class PositionedDataset(Dataset):
         self.augment = augment
         self._at_once = _reads_many(dataset)
 
+    @property
+    def blocks(self) -> np.ndarray | None:
+        """How many items, in order, are read together, for :class:`Positions`; None where each is read by itself."""
+        return getattr(self.dataset, "blocks", None)
+
     def __len__(self) -> int:
         return len(self.dataset)
 
@@ -135,15 +143,27 @@ class Positions:
         steps: range of steps, for example ``range(first, total)``.
         parts: of one step.
         mine: which of them, in order.
+        blocks: numbers of items, in order, that are read together; they add up to ``size``. Epochs are then permuted
+            so that few of them are needed at a time: every eight places in a batch have a queue of blocks of their own,
+            drawn at random, which they go through one after the other, each in random order. A part, which has always
+            the same places, reads its own blocks and no others, but where the queues end.
     """
 
     def __init__(
-        self, size: int, batch_size: int, seed: int, steps: range, parts: int = 1, mine: Sequence[int] = (0,)
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        steps: range,
+        parts: int = 1,
+        mine: Sequence[int] = (0,),
+        blocks: np.ndarray | None = None,
     ) -> None:
         self.size = size
         self.batch_size = batch_size
         self.seed = seed
         self.steps = steps
+        self.blocks = blocks
         pairs = np.stack([np.arange(batch_size), np.arange(batch_size)[::-1]], axis=1).ravel()[:batch_size]
         self._parts = [np.sort(pairs.reshape(parts, -1)[part]) for part in mine]
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
@@ -170,8 +190,27 @@ class Positions:
     def _epoch(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
             generator = np.random.default_rng(_draw(self.seed, _ORDER, epoch))
-            self._order = (epoch, generator.permutation(self.size))
+            whole = self.blocks is None
+            self._order = (epoch, generator.permutation(self.size) if whole else self._queued(epoch, generator))
         return self._order[1]
+
+    def _queued(self, epoch: int, generator: np.random.Generator) -> np.ndarray:
+        """A permutation that reads few blocks at a time; see the arguments of the class."""
+        places = np.arange(self.batch_size)
+        # As parts hold pairs of places, so do queues.
+        queue_of = np.minimum(places, places[::-1]) // (_QUEUE_PLACES // 2)
+        starts = np.cumsum(self.blocks) - self.blocks
+        order = generator.permutation(len(self.blocks))
+        items = np.concatenate([starts[block] + generator.permutation(self.blocks[block]) for block in order])
+        # Blocks are dealt out to the queues in turn.
+        num_queues = int(queue_of.max()) + 1
+        queues = np.repeat(np.arange(len(order)) % num_queues, self.blocks[order])
+        batch, place = np.empty(self.size, dtype=np.int64), np.empty(self.size, dtype=np.int64)
+        for queue in range(num_queues):
+            mine, own = np.flatnonzero(queues == queue), np.flatnonzero(queue_of == queue)
+            batch[mine], place[mine] = np.arange(len(mine)) // len(own), own[np.arange(len(mine)) % len(own)]
+        # The epoch may begin in the middle of a batch.
+        return items[np.lexsort(((place - epoch * self.size) % self.batch_size, batch))]
 
 
 def batch_loader(dataset: PositionedDataset, positions: Positions, *, num_workers: int, pin: bool) -> DataLoader:

@@ -252,6 +252,7 @@ class _Run:
             range(state.done, settings.steps),
             parts=self.num_parts,
             mine=self.parts,
+            blocks=self.data.blocks,
         )
         on_gpu = accelerator.device.type == "cuda"
         batches = iter(batch_loader(self.data, positions, num_workers=settings.num_workers, pin=on_gpu))
