@@ -24,6 +24,11 @@ CNN ?=
 OVERRIDES ?=
 # Folder of tracked runs: tracker.directory of their configurations.
 TRACKED ?= outputs
+# Of the sweeps: how many runs at a time, Hydra's launcher (basic, joblib, submitit_local, submitit_slurm, ray), and the
+# folder of records that make status looks at.
+JOBS ?=
+LAUNCHER ?= $(if $(filter-out 1,$(JOBS)),joblib,basic)
+STORE ?= outputs/runs
 .DELETE_ON_ERROR:
 
 .PHONY: help
@@ -113,6 +118,32 @@ study-llm: $(STAMP) ## the LLM experiment's plans, training methods and speed: t
 	$(BIN)/python scripts/language.py experiment=llm/smollm2 profile=offline store=results/runs
 	$(BIN)/python scripts/language.py experiment=llm/training profile=offline store=results/runs
 	$(BIN)/python scripts/benchmark.py benchmark=language_speed profile=offline store=results/runs
+
+# Of a launcher, the key that says how many runs it has at a time.
+jobs-of.joblib := hydra.launcher.n_jobs
+jobs-of.submitit_slurm := hydra.launcher.array_parallelism
+run-sweep = $(BIN)/python scripts/$(1).py -m +sweep=$(2) profile=$(PROFILE) launcher=$(LAUNCHER) \
+	$(if $(and $(JOBS),$(jobs-of.$(LAUNCHER))),$(jobs-of.$(LAUNCHER))=$(JOBS)) $(OVERRIDES)
+
+.PHONY: sweep-vit
+sweep-vit: $(STAMP) ## a run per method and seed of the digit scenes, 3 hours on 2 cores; JOBS=4, LAUNCHER=submitit_slurm
+	$(call run-sweep,vision,vit)
+
+.PHONY: sweep-cifar
+sweep-cifar: $(STAMP) ## a run per method and seed of the corrupted digits, an hour per seed; JOBS=, LAUNCHER=
+	$(call run-sweep,vision,cifar)
+
+.PHONY: sweep-llm
+sweep-llm: $(STAMP) ## a run per method and seed of fine-tuning SmolLM2, half an hour each; JOBS=, LAUNCHER=
+	$(call run-sweep,language,llm)
+
+.PHONY: sweep-geometry
+sweep-geometry: $(STAMP) ## a run per problem, data set and seed of geometry, half an hour; LAUNCHER=
+	$(call run-sweep,geometry,geometry)
+
+.PHONY: status
+status: $(STAMP) ## what became of the newest sweep's runs; SWEEP=outputs/runs/sweeps/..., STORE=, WATCH=1 to go on looking
+	@$(BIN)/python scripts/status.py $(SWEEP) --store '$(STORE)' $(if $(WATCH),--watch)
 
 .PHONY: bench-vision
 bench-vision: $(STAMP) ## speed of ViT-Base dense and sparse against every rival, and the cost of training with entropies

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from entreg.atomic import write_text_atomic
+from entreg.atomic import require_writable, write_text_atomic
 from entreg.errors import OutputError
 
 HEARTBEAT = 10.0
@@ -119,8 +119,8 @@ class Lock:
             dead = _unfinished(newest)
         path = self.folder / f"{int(newest.stem) + 1 if newest is not None else 1:04d}.json"
         content = {**_myself(), "utc": _utc(), "outcome": None, "seconds": None}
+        require_writable(self.folder)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             if not _make(path, json.dumps(content) + "\n"):
                 return None
         except OSError as error:

@@ -27,13 +27,8 @@ from entreg.runs.sweep import Job, Sweep
 
 _BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 _NOT_IDENTITY = (
-    "-m",
-    "--multirun",
-    "hydra/launcher=",
-    "hydra.launcher.",
-    "hydra.verbose=",
-    "force=",
-    "hydra.callbacks.",
+    *("-m", "--multirun", "launcher=", "hydra/launcher=", "hydra.launcher.", "hydra.verbose=", "hydra.callbacks."),
+    *("hydra.sweeper.n_trials=", "force="),
 )
 """Beginnings of arguments that change how a sweep is run, but not which runs it has."""
 
@@ -139,7 +134,7 @@ class Task:
             if distributed.launched():
                 # The other processes may not have failed and would wait in vain for this one in the next job.
                 raise SystemExit(2) from error
-            print(f"Failed: {' '.join(job.overrides)}: {described(error)}; see {job.log}.", file=sys.stderr)
+            print(f"Failed: {' '.join(job.single_run)}: {described(error)}; see {job.log}.", file=sys.stderr)
         return None
 
 
