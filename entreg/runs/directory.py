@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from entreg.atomic import write_text_atomic
 from entreg.errors import BusyError, EntregError, OutputError
@@ -125,7 +125,8 @@ def logged(path: Path, title: str) -> Iterator[None]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a", encoding="utf-8", errors="replace")
+        # Without a buffer, nothing is left to be written, or to fail, when the file is closed.
+        file = path.open("ab", buffering=0)
     except OSError as error:
         raise OutputError(f"Cannot write {path}: {error.strerror or error}; check the output folder.") from error
     with file:
@@ -148,7 +149,7 @@ def logged(path: Path, title: str) -> Iterator[None]:
 class _Lines:
     """Whole lines to a file; of a line that was drawn again and again, as progress bars are, its last state."""
 
-    def __init__(self, file: TextIO) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self.file, self.rest = file, ""
 
     def write(self, text: str) -> None:
@@ -158,8 +159,7 @@ class _Lines:
         # What holds on to the stream beyond the block, such as a logger, finds the file closed.
         with contextlib.suppress(OSError, ValueError):
             for line in lines:
-                self.file.write(line.rpartition("\r")[2] + "\n")
-            self.file.flush()
+                self.file.write((line.rpartition("\r")[2] + "\n").encode("utf-8", errors="replace"))
 
     def finish(self) -> None:
         if self.rest:
