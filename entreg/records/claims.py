@@ -138,11 +138,13 @@ def load_claims(path: str | os.PathLike[str] | None = None) -> list[Claim]:
         raise RecordError(f"The claims file {name} cannot be read: {error}.") from error
     try:
         entries = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise RecordError(f"The claims file {name} is not valid YAML: {' '.join(str(error).split())}.") from error
+    # PyYAML lets what it makes numbers, dates and mappings with raise what it likes; its own errors are long.
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        why = " ".join(str(error).split())[:500]
+        raise RecordError(f"The claims file {name} is not valid YAML: {why}.") from error
     problem = jsonschema.exceptions.best_match(_validator().iter_errors(entries))
     if problem is not None:
-        raise RecordError(f"The claims file {name} is wrong at {_place(entries, problem)}: {problem.message}.")
+        raise RecordError(f"The claims file {name} is wrong at {_place(entries, problem)}: {problem.message[:500]}.")
     claims = [_claim(entry) for entry in entries]
     seen: set[str] = set()
     for claim in claims:
@@ -151,7 +153,7 @@ def load_claims(path: str | os.PathLike[str] | None = None) -> list[Claim]:
         seen.add(claim.id)
         rule = claim.rule
         thresholds = [rule.partly, rule.reproduced, rule.exceeded]
-        if thresholds != sorted(thresholds, reverse=rule.direction == "lower"):
+        if any(map(math.isnan, thresholds)) or thresholds != sorted(thresholds, reverse=rule.direction == "lower"):
             raise RecordError(
                 f"The claims file {name} has the thresholds of {claim.id!r} out of order: with {rule.direction} being "
                 "better, exceeded must lie beyond reproduced and reproduced beyond partly."

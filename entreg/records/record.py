@@ -164,7 +164,7 @@ def parse(text: str, name: str) -> dict[str, Any]:
     """
     remedy = "restore it from version control or delete it and run its command again"
     try:
-        record = json.loads(text, parse_constant=_refuse_constant)
+        record = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise RecordError(f"The record {name} is truncated or damaged (not valid JSON); {remedy}.") from error
     if not isinstance(record, dict):
@@ -242,8 +242,12 @@ def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+def _finite(text: str) -> float:
+    """A number as JSON writes it; refuses NaN, infinity, and what is too large, which Python reads as infinity."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number of JSON")
+    return value
 
 
 def _whole_floats_to_int(value: Any) -> Any:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from entreg.atomic import folder_atomic, remove_abandoned, remove_folder
-from entreg.errors import AssetError, ConfigError, InputError, OutputError
+from entreg.errors import AssetError, ConfigError, InputError
 from entreg.weights import load_weights, weights_difference, weights_fingerprint
 
 MODEL, AVERAGED, TRAINING, STATE = "model.safetensors", "averaged.safetensors", "training.safetensors", "state.json"
@@ -109,7 +109,9 @@ def save_checkpoint(
             try:
                 save_file(_owned(content), folder / name)
             except SafetensorError as error:
-                raise OutputError(f"Cannot write {target / name}: {error}; free some space and run again.") from error
+                # The library says what the system said in words only.
+                number = re.search(r"\(os error (\d+)\)", str(error))
+                raise OSError(int(number[1]) if number else 0, str(error)) from error
         content = {
             "format": _FORMAT,
             "step": step,

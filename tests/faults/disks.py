@@ -5,6 +5,8 @@ import os
 import resource
 import subprocess
 
+import pytest
+
 
 @contextlib.contextmanager
 def _mounted(folder, options):
@@ -18,7 +20,7 @@ def _mounted(folder, options):
 
 
 @contextlib.contextmanager
-def small_disk(folder, kilobytes):
+def small_disk(folder, kilobytes, *, needs_mount=False):
     """``folder`` on a disk of this size, or, without the right to mount one, a limit on the size of every file.
 
     Yields:
@@ -28,7 +30,7 @@ def small_disk(folder, kilobytes):
 
     def fill():
         if not mounted:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
             return
         with contextlib.suppress(OSError), open(folder / "filling", "wb", buffering=0) as file:
             while True:
@@ -36,6 +38,8 @@ def small_disk(folder, kilobytes):
 
     with contextlib.ExitStack() as stack:
         mounted = stack.enter_context(_mounted(folder, f"size={kilobytes}k"))
+        if not mounted and needs_mount:
+            pytest.skip("a disk that fills up little by little needs the right to mount one")
         if not mounted:
             resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, hard))
             stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, (soft, hard))

@@ -113,5 +113,5 @@ FAULTS = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
-def test_kill(fault, tmp_path):
-    fault.inject(tmp_path)
+def test_kill(fault, memory_folder):
+    fault.inject(memory_folder)
