@@ -28,6 +28,7 @@ from entreg.records.record import config_hash, new_record
 from entreg.sparse import sparsity_from_mapping
 from entreg.tracking import Tracker, TrackerSettings, track_record, tracker_settings_from_mapping
 from entreg.tracking.attention import AttentionWatch
+from entreg.training.batches import kept_random_state
 from entreg.training.checkpoints import load_model_weights
 from entreg.training.curriculum import CellCurriculum, CurriculumSettings
 from entreg.training.loop import TrainingSettings, train, training_settings_from_mapping
@@ -208,7 +209,9 @@ def _watch(run: VisionRun, dataset: Any, tracker: Tracker) -> AttentionWatch | N
     if not run.tracker.active or run.tracker.attention_every is None:
         return None
     count = min(run.tracker.attention_items, len(dataset))
-    images = torch.stack([dataset[index]["images"] for index in range(count)])
+    # Training images are augmented with global random numbers, of which none may be missing later.
+    with kept_random_state():
+        images = torch.stack([dataset[index]["images"] for index in range(count)])
     return AttentionWatch(tracker, run.tracker, lambda model: model(images.to(next(model.parameters()).device)))
 
 
