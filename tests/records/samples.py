@@ -12,7 +12,7 @@ def sample_record(
     config: Mapping[str, Any] | None = None,
     rows: Sequence[Mapping[str, Any]] = ({"distribution": "square", "n": 1000, "seconds": 0.25},),
 ) -> dict[str, Any]:
-    record = new_record(
+    return new_record(
         experiment=experiment,
         scale=scale,
         config={"n": 1000, "seed": 0} if config is None else config,
@@ -25,5 +25,8 @@ def sample_record(
         rows=rows,
         wall_seconds=1.5,
     )
-    # The same at every call: pages show when a record was made.
-    return {**record, "utc": "2026-01-02T03:04:05Z"}
+
+
+def dated_record(*arguments: Any, **keywords: Any) -> dict[str, Any]:
+    """A sample record that is the same at every call: pages show when a record was made."""
+    return {**sample_record(*arguments, **keywords), "utc": "2026-01-02T03:04:05Z"}

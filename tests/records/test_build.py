@@ -12,7 +12,7 @@ from entreg.records.build import README_BEGIN, README_END, build_all
 from entreg.records.claims import Evidence, load_claims, measure_registry, register_measure
 from entreg.records.figures import figure_registry, method_style, new_figure, register_figure
 from entreg.records.tables import Table, register_table, table_registry
-from tests.records.samples import sample_record
+from tests.records.samples import dated_record as sample_record
 
 README = f"# Title\n\nbefore\n\n{README_BEGIN}\nold\n{README_END}\n\nafter\n"
 
