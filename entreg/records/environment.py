@@ -108,9 +108,10 @@ def device_description() -> dict[str, Any]:
 
 def _git(repository: Path, *arguments: str) -> str | None:
     # GIT_DIR and its kin are set inside hooks and would redirect the question to another repository. A checkout
-    # owned by another user (containers) is only read here, so git's ownership check is waived.
+    # owned by another user (containers) is only read here, so git's ownership check is waived, and nothing is locked:
+    # a git command of the user's at the same moment would fail, and a run killed meanwhile would leave the lock.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    command = ["git", "-c", "safe.directory=*", "-C", str(repository), *arguments]
+    command = ["git", "--no-optional-locks", "-c", "safe.directory=*", "-C", str(repository), *arguments]
     try:
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):

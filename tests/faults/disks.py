@@ -20,8 +20,14 @@ def _mounted(folder, options):
 
 
 @contextlib.contextmanager
-def small_disk(folder, kilobytes, *, needs_mount=False):
+def small_disk(folder, kilobytes, *, needs_mount=False, mount=True):
     """``folder`` on a disk of this size, or, without the right to mount one, a limit on the size of every file.
+
+    Args:
+        folder: made when missing.
+        kilobytes: of the disk, or of every file.
+        needs_mount: skip the test without that right.
+        mount: False for the limit in any case.
 
     Yields:
         ``fill()``, which leaves no room at all for what comes.
@@ -37,7 +43,7 @@ def small_disk(folder, kilobytes, *, needs_mount=False):
                 file.write(bytes(1024))
 
     with contextlib.ExitStack() as stack:
-        mounted = stack.enter_context(_mounted(folder, f"size={kilobytes}k"))
+        mounted = mount and stack.enter_context(_mounted(folder, f"size={kilobytes}k"))
         if not mounted and needs_mount:
             pytest.skip("a disk that fills up little by little needs the right to mount one")
         if not mounted:
