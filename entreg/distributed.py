@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -111,6 +112,11 @@ def from_all(value: T) -> list[T]:
     found: list[Any] = [None] * group.get_world_size()
     group.all_gather_object(found, value)
     return found
+
+
+def mean_of_all(value: float) -> float:
+    """The mean of what all processes have; every process calls it and gets the same."""
+    return math.fsum(found := from_all(value)) / len(found)
 
 
 def from_first(make: Callable[[], T]) -> T:

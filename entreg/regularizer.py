@@ -121,7 +121,8 @@ class EntropyRegularizer:
     ``"keys/penalty"``. Reading them waits for a GPU once per call.
 
     Save ``state_dict()`` with a checkpoint: it holds what the controllers of ``"target"`` terms have learned. With
-    several processes each controller sees its own process's entropies; pass their mean for equal weights everywhere.
+    several processes each controller sees its own process's entropies, unless it is called with ``adapt=False`` and
+    :meth:`adapt` with the mean of all.
 
     Args:
         terms: name to :class:`Term`, or to a number, which stands for ``Term(weight=number)``. At least one.
@@ -196,11 +197,19 @@ class EntropyRegularizer:
             if not math.isfinite(mean) or not math.isfinite(excess):
                 raise InputError(f"the entropy of term {name!r} is not finite ({mean}) at step {step}")
             values |= {f"{name}/entropy": mean, f"{name}/weight": weight, f"{name}/penalty": weight * excess}
-        if adapt and step > self._last_step:
-            self._adapt(values, step)
+        if adapt:
+            self.adapt(values, step)
         return penalty, values
 
-    def _adapt(self, values: Mapping[str, float], step: int) -> None:
+    def adapt(self, values: Mapping[str, float], step: int) -> None:
+        """Let the controllers of ``"target"`` terms adapt, at most once per step number.
+
+        Args:
+            values: ``<name>/entropy``, the mean entropy in nats, of every such term, as the call gives them.
+            step: number of the step, from 0.
+        """
+        if step <= self._last_step:
+            return
         self._last_step = step
         for name, learned in self._learned.items():
             term, entropy = self.terms[name], values[f"{name}/entropy"]

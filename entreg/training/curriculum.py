@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entreg import distributed
 from entreg.errors import ConfigError
 
 
@@ -99,14 +100,14 @@ class CellCurriculum:
         """Take note of a step's task loss and let the cells together if it is low enough; waits for the loss.
 
         Args:
-            loss: mean task loss in nats.
+            loss: mean task loss in nats, of this process's part where there are several.
             step: number of the optimiser step, from 0. Only its first part counts when gradients are accumulated.
         """
         if self.closeness >= 1 or step <= self._last_step:
             return
         self._last_step = step
         s = self.settings
-        value = loss.item()
+        value = distributed.mean_of_all(loss.item())
         past = value if self.running_loss is None else self.running_loss
         self.running_loss = s.smoothing * past + (1.0 - s.smoothing) * value
         if self.running_loss < s.threshold:

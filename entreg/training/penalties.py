@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entreg import distributed
 from entreg.entropy import (
     BallEntropy,
     HalfspaceEntropy,
@@ -312,7 +313,15 @@ class Penalties(nn.Module):
         """
         if self.regularizer is None:
             return None, {}
-        return self.regularizer({name: self._values(name, captures, gates) for name in self.settings}, step)
+        alone = distributed.num_processes() == 1
+        values = {name: self._values(name, captures, gates) for name in self.settings}
+        penalty, numbers = self.regularizer(values, step, adapt=alone)
+        targets = [f"{name}/entropy" for name, term in self.regularizer.terms.items() if term.schedule == "target"]
+        if not alone and targets:
+            # Weights must be the same for all parts of a batch.
+            means = {name: distributed.mean_of_all(numbers[name]) for name in targets}
+            self.regularizer.adapt(means, step)
+        return penalty, numbers
 
     def _values(self, name: str, captures: Sequence[Any], gates: Sequence[Tensor]) -> list[Tensor]:
         one = self.settings[name]
