@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,19 +20,38 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
     Args:
         model: changed in place; names and shapes must be those of the weights.
-        path: of the file.
+        path: of the file. A ``SHA256SUMS`` beside it, as ``sha256sum`` writes one, that lists it is compared.
 
     Raises:
         AssetError: it is missing, damaged, or holds another model's weights; the model is unchanged.
     """
     path = Path(path)
     try:
+        _require_listed_sum(path)
         weights = load_file(path)
     except FileNotFoundError as error:
         raise AssetError(f"There are no weights at {path}; name a safetensors file.") from error
     except (OSError, SafetensorError) as error:
         raise AssetError(f"The weights at {path} cannot be read: {error}; make them anew.") from error
     put_weights(model, weights, path)
+
+
+def _require_listed_sum(path: Path) -> None:
+    """The format itself has no checksum: a changed weight would not be noticed."""
+    sums = path.parent / "SHA256SUMS"
+    if not sums.is_file():
+        return
+    listed = {
+        name: digest
+        for digest, name in re.findall(r"^(\w+) [ *](.+)$", sums.read_text("utf-8", "replace"), re.MULTILINE)
+    }
+    if path.name in listed:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != listed[path.name]:
+                raise AssetError(
+                    f"The weights at {path} are damaged: their SHA-256 is not the one in {sums.name}; fetch or make "
+                    "them anew."
+                )
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:

@@ -160,6 +160,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 f"Checkpoint {folder} has format {content['format']}, this version reads {_FORMAT}; choose another "
                 "folder, or start again with resume=null."
             )
+        named = _NAME.fullmatch(folder.name)
+        if named and int(named[1]) != content["step"]:
+            raise ValueError(f"it is that of step {content['step']}")
         for name, checksum in content["files"].items():
             if _checksum(folder / name) != checksum:
                 raise ValueError(f"{name} was changed")

@@ -156,8 +156,11 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                # The end of a line that a killed run was writing; nothing after it is of this run.
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                # The end of a line that a killed run was writing, or damage; nothing after it is of this run.
                 break
+            rows.append(row)
     return rows
