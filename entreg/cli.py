@@ -311,7 +311,8 @@ def command_line(arguments: Sequence[str] | None = None) -> str:
     multirun = sys.modules.get("entreg.runs.multirun")
     if arguments is None and multirun is not None and multirun.is_multirun():
         job = multirun.current_job()
-        words = [str(root / "scripts" / f"{multirun.script_name()}.py"), *job.single_run]
+        name = f"{multirun.script_name()}.py"
+        words = [str(root / "scripts" / name) if (root / "scripts" / name).exists() else name, *job.single_run]
     script = Path(words[0]).resolve() if words else Path("python")
     words[:1] = [script.relative_to(root).as_posix() if script.is_relative_to(root) else script.name]
     return " ".join(["python", *(shlex.quote(word) for word in words)])
