@@ -35,6 +35,11 @@ def train(directory):
     tiny.run(directory, TRAINING, data="NoisyDigits", augment=True)
 
 
+def train_as(directory, place):
+    """The same, as one of several processes."""
+    train(directory)
+
+
 def evaluate(directory):
     """One record of an untrained model on clean and corrupted digits; its configuration is in a file beside."""
     directory.mkdir(exist_ok=True)
