@@ -159,8 +159,13 @@ bench-geometry: $(STAMP) ## hull, Pareto front and Delaunay against every rival,
 	$(BIN)/python scripts/benchmark.py benchmark=all
 
 .PHONY: tables
-tables: $(STAMP) ## rebuild tables, figures and the README's claims table from the records in RECORDS
+tables: $(STAMP) ## rebuild tables, figures, report.html and the README's claims table from the records in RECORDS
 	$(BIN)/python scripts/tables.py --records $(RECORDS)
+
+.PHONY: compare
+compare: $(STAMP) ## two records, folders of records or commits side by side: make compare A=HEAD~10 B=HEAD
+	@test -n '$(A)' -a -n '$(B)' || { echo "Say what to compare: make compare A=HEAD~10 B=HEAD (commits, folders of records, or records)" >&2; exit 2; }
+	$(BIN)/python scripts/compare.py '$(A)' '$(B)' $(if $(FIELDS),--fields '$(FIELDS)')
 
 .PHONY: check-tables
 check-tables: $(STAMP) ## fail when the committed tables differ from what the committed records give
@@ -173,6 +178,10 @@ dashboard: $(STAMP) ## look at tracked runs in the terminal (q leaves, h helps);
 .PHONY: wandb-sync
 wandb-sync: $(STAMP) ## upload the runs that wandb tracked offline, each once; needs wandb login or WANDB_API_KEY
 	$(BIN)/python scripts/dashboard.py '$(TRACKED)' --upload
+
+.PHONY: costs
+costs: $(STAMP) ## what the paper-scale studies cost on 1, 8 and 64 GPUs, from measured times: docs/scale_out_costs.md
+	$(BIN)/python scripts/costs.py
 
 .PHONY: notebooks
 notebooks: $(STAMP) ## run the notebooks on the reference records; executed copies go to outputs/notebooks

@@ -56,7 +56,7 @@ class RecordStore:
             RecordError: the record exists but is damaged.
         """
         path = self.path_for(experiment, config)
-        return _load(path) if path.exists() else None
+        return load_record(path) if path.exists() else None
 
     def load_all(self, experiment_prefix: str | None = None) -> list[dict[str, Any]]:
         """All records whose experiment's name begins with ``experiment_prefix``, ordered by identifier.
@@ -67,7 +67,7 @@ class RecordStore:
         Raises:
             RecordError: a file is damaged, renamed, or a copy of another.
         """
-        records = [_load(path) for path in sorted(self.root.glob("*.json"))] if self.root.is_dir() else []
+        records = [load_record(path) for path in sorted(self.root.glob("*.json"))] if self.root.is_dir() else []
         chosen = [r for r in records if experiment_prefix is None or r["experiment"].startswith(experiment_prefix)]
         return sorted(chosen, key=lambda record: record["id"])
 
@@ -76,7 +76,12 @@ def _file_name(experiment: str, config_digest: str) -> str:
     return f"{experiment.replace('/', '__')}__{config_digest}.json"
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_record(path: Path) -> dict[str, Any]:
+    """One record from its file.
+
+    Raises:
+        RecordError: the file cannot be read, is damaged, renamed, or a copy of another.
+    """
     try:
         text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:

@@ -5,7 +5,15 @@ import pytest
 from scipy import stats
 
 from entreg.errors import InputError
-from entreg.records.statistics import geometric_mean_ratio, linear_fit, mean_and_interval, paired_difference
+from entreg.records.statistics import (
+    geometric_mean_ratio,
+    holm,
+    linear_fit,
+    mean_and_interval,
+    paired_difference,
+    paired_test,
+    welch_test,
+)
 
 
 def test_mean_and_interval_by_hand():
@@ -81,3 +89,47 @@ def test_linear_fit_recovers_a_line_and_agrees_with_scipy():
 def test_bad_input(call, words):
     with pytest.raises(InputError, match=words):
         call()
+
+
+def samples(seed, first=7, second=5):
+    rng = np.random.default_rng(seed)
+    return rng.normal(1.0, 0.3, first), rng.normal(1.4, 2.0, second)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tests_of_a_difference_against_scipy(seed):
+    first, second = samples(seed, 6, 6)
+    found, expected = paired_test(first, second), stats.ttest_rel(first, second)
+    assert found.p_value == pytest.approx(expected.pvalue, rel=1e-9)
+    assert found.difference.interval == pytest.approx(tuple(expected.confidence_interval(0.95)), rel=1e-9)
+    first, second = samples(seed)
+    found, expected = welch_test(first, second, 0.9), stats.ttest_ind(first, second, equal_var=False)
+    assert found.p_value == pytest.approx(expected.pvalue, rel=1e-9)
+    assert found.difference.interval == pytest.approx(tuple(expected.confidence_interval(0.9)), rel=1e-9)
+    assert found.difference.mean == pytest.approx(first.mean() - second.mean())
+
+
+def test_differences_without_spread():
+    assert paired_test([1.0, 2.0], [1.0, 2.0]).p_value == 1.0
+    assert paired_test([1.5, 2.5], [1.0, 2.0]).p_value == 0.0
+    assert paired_test([1.5], [1.0]).p_value is None
+    assert welch_test([1.0, 1.0], [1.0, 1.0]).p_value == 1.0
+    assert welch_test([2.0, 2.0], [1.0, 1.0]).p_value == 0.0
+    for values in ([1.0], []):
+        with pytest.raises(InputError):
+            welch_test(values, [1.0, 2.0])
+
+
+def test_holm_by_hand():
+    # Sorted 0.01, 0.02, 0.03, 0.5 times 4, 3, 2, 1, never falling.
+    assert holm([0.03, 0.5, 0.01, 0.02]) == pytest.approx([0.06, 0.5, 0.04, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+    with pytest.raises(InputError):
+        holm([1.2])
+
+
+def test_holm_rejects_at_most_five_per_cent_of_families_wrongly():
+    draws = np.random.default_rng(3).uniform(size=(4000, 8))
+    wrong = sum(min(holm(list(row))) < 0.05 for row in draws)
+    assert abs(wrong / 4000 - (1 - (1 - 0.05 / 8) ** 8)) < 4 * math.sqrt(0.05 * 0.95 / 4000)
