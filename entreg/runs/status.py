@@ -71,7 +71,9 @@ def status_table(sweep: Sweep, runs: Sequence[RunStatus]) -> str:
 def counted(runs: Sequence[RunStatus]) -> str:
     """``12 runs: 7 done, 1 running, 4 queued``."""
     counts = Counter(run.state for run in runs)
-    return f"{len(runs)} runs: " + ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+    return f"{len(runs)} run{'' if len(runs) == 1 else 's'}: " + ", ".join(
+        f"{counts[state]} {state}" for state in STATES if counts[state]
+    )
 
 
 def failures(runs: Sequence[RunStatus]) -> list[str]:
@@ -123,7 +125,7 @@ def wait_for_others(sweep: Sweep) -> bool:
         if not running:
             return told and any(run.state in ("interrupted", "queued") for run in runs)
         if not told:
-            print(f"{len(running)} runs are in the hands of another launcher; waiting for it.", file=sys.stderr)
+            print(f"Waiting for another launcher: {counted(runs)}.", file=sys.stderr)
         told = True
         time.sleep(_POLL)
 
