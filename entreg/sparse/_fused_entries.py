@@ -7,7 +7,7 @@ from entreg.sparse._counting import num_blocks, query_offset
 ROWS_PER_TILE = 128
 """Sampled queries, or pools of queries, that look at keys together."""
 KEYS_PER_TILE = 128
-"""Keys, or pools of keys, that they look at together; at least one block."""
+"""Keys, or pools of keys, that they look at together, at the most."""
 KEYS_PER_PROGRAM = 2048
 """How far one program goes."""
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from entreg.errors import InputError
+from entreg.sparse import _pages_cpu
 from entreg.sparse._blocks import highest_blocks, visible_blocks
 from entreg.sparse._counting import block_entries, dense_entries, num_blocks
 from entreg.sparse._decoder_selection import (
@@ -66,20 +67,24 @@ class PageSummaries:
         """Means of all complete pages of k (batch, key_heads, m, d): (batch, key_heads, pages, d), in k's dtype."""
         size = self.page_size
         pages = k.shape[2] // size
-        last_keys = k[:, :, size - 1 : pages * size : size, :_COMPARED]
-        known = self._known_pages(last_keys)
+        known = self._known_pages(k, pages)
         if known < pages:
             new = k[:, :, known * size : pages * size].unflatten(2, (pages - known, size)).mean(3)
             self._means = new if known == 0 else torch.cat((self._means[:, :, :known], new), dim=2)
-            self._last_keys = last_keys.clone()
+            self._last_keys = self._ends(k, pages).clone()
         return self._means[:, :, :pages] if pages else k[:, :, :0]
 
-    def _known_pages(self, last_keys: Tensor) -> int:
+    def _ends(self, k: Tensor, pages: int) -> Tensor:
+        return k[:, :, self.page_size - 1 : pages * self.page_size : self.page_size, :_COMPARED]
+
+    def _known_pages(self, k: Tensor, pages: int) -> int:
         kept = self._last_keys
-        if kept is None or kept.dtype != last_keys.dtype or kept.shape[:2] != last_keys.shape[:2]:
+        if kept is None or kept.dtype != k.dtype or kept.shape[:2] != k.shape[:2]:
             return 0
-        both = min(kept.shape[2], last_keys.shape[2])
-        same = (kept[:, :, :both] == last_keys[:, :, :both]).all(-1).all(1).all(0)
+        both = min(kept.shape[2], pages)
+        if _pages_cpu.serves(k):
+            return _pages_cpu.known_pages(k, kept[:, :, :both], self.page_size)
+        same = (kept[:, :, :both] == self._ends(k, both)).all(-1).all(1).all(0)
         return int(same.to(torch.int64).cumprod(0).sum())
 
 
@@ -200,6 +205,10 @@ def _page_plan(
         if sparsity.selection != "window":
             chosen, lists, summaries.buffers = pages_by_kernels(q, k, summaries.buffers, sparsity, count, factor)
             return _block_plan(q, k, chosen, lists, size, entries)
+    if sparsity.selection != "window" and mask is None and _pages_cpu.serves(q, k):
+        maximum = sparsity.group_reduction == "max"
+        chosen = _pages_cpu.choose_pages(q, summaries.update(k), total, count, factor, maximum)
+        return _block_plan(q, k, chosen, None, size, entries)
     scores = torch.arange(total, device=q.device, dtype=torch.float32).expand(len(q), key_heads, 1, -1)
     if sparsity.selection != "window":
         logits = q.reshape(len(q), key_heads, -1, q.shape[3]) @ summaries.update(k).transpose(-1, -2)

@@ -148,6 +148,9 @@ class SparsityPlan:
         """Whether nothing is left out, so that attention is plain dense attention."""
         if self.kind == "columns":
             return self.keys.shape[2] == self.num_keys and self.key_valid is None
+        if self.num_queries == 1:
+            # It sees every block.
+            return bool(self.block_mask.all())
         return bool((self.block_mask | (self._entries(self.block_mask.device) == 0)).all())
 
     @property

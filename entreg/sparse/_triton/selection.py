@@ -23,6 +23,7 @@ from entreg.sparse.config import DecoderSparsity
 from entreg.sparse.plan import BlockLists
 
 _BISECTIONS = 50
+_POOLS_PER_PROGRAM = 16
 
 
 def estimated_blocks(q: Tensor, k: Tensor, sparsity: DecoderSparsity, count: int, scale: float) -> Tensor:
@@ -144,8 +145,7 @@ def _pool_means(x: Tensor, sparsity: DecoderSparsity, offset: int) -> Tensor:
     batch, heads, length, width = x.shape
     pools = num_blocks(length + offset, sparsity.block_size) * (sparsity.block_size // sparsity.pool_size)
     means = x.new_empty(batch, heads, pools, width)
-    together = max(1, 64 // triton.next_power_of_2(sparsity.pool_size))
-    _pool_kernel[(triton.cdiv(pools, together), batch * heads)](
+    _pool_kernel[(triton.cdiv(pools, _POOLS_PER_PROGRAM), batch * heads)](
         x,
         means,
         *x.stride()[:3],
@@ -154,8 +154,7 @@ def _pool_means(x: Tensor, sparsity: DecoderSparsity, offset: int) -> Tensor:
         pools,
         offset,
         POOL=sparsity.pool_size,
-        PADDED_POOL=triton.next_power_of_2(sparsity.pool_size),
-        POOLS=together,
+        POOLS=_POOLS_PER_PROGRAM,
         WIDTH=width,
         PADDED_WIDTH=padded_width(width),
         num_warps=4,
@@ -197,7 +196,8 @@ def _masses(
     blocks, columns = num_blocks(n + offset, size), num_blocks(m, size)
     sums = torch.empty(batch, heads, blocks * parts, columns, dtype=torch.float32, device=rows.device)
     per_block = size // pool
-    tile_keys = max(KEYS_PER_TILE, per_block)
+    # Blocks that make a tile on their own need no regrouping.
+    tile_keys = per_block if per_block >= 64 else KEYS_PER_TILE
     per_program = max(KEYS_PER_PROGRAM, tile_keys)
     tile_rows = ROWS_PER_TILE
     grid = (triton.cdiv(blocks * parts, tile_rows), triton.cdiv(min(keys.shape[2], num_blocks(m, pool)), per_program))
@@ -300,31 +300,31 @@ def _pool_kernel(
     pools,
     offset,
     POOL: tl.constexpr,
-    PADDED_POOL: tl.constexpr,
     POOLS: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED_WIDTH: tl.constexpr,
 ):
     head = tl.program_id(1)
-    row = tl.arange(0, POOLS * PADDED_POOL)
-    pool = tl.program_id(0) * POOLS + row // PADDED_POOL
-    place = pool * POOL + row % PADDED_POOL - offset
-    real = (row % PADDED_POOL < POOL) & (place >= 0) & (place < length) & (pool < pools)
+    pool = tl.program_id(0) * POOLS + tl.arange(0, POOLS)
     feature = tl.arange(0, PADDED_WIDTH)
     begin = tokens + (head // heads).to(tl.int64) * batch_stride + (head % heads).to(tl.int64) * head_stride
-    x = tl.load(
-        begin + place[:, None].to(tl.int64) * token_stride + feature[None, :],
-        mask=real[:, None] & (feature < WIDTH)[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    total = tl.sum(tl.reshape(x, (POOLS, PADDED_POOL, PADDED_WIDTH)), 1)
-    number = tl.sum(tl.reshape(real.to(tl.float32), (POOLS, PADDED_POOL)), 1)
+    total = tl.zeros([POOLS, PADDED_WIDTH], tl.float32)
+    number = tl.zeros([POOLS], tl.float32)
+    # One token of every pool at a time: nothing is exchanged between threads, and all loads can be under way at once.
+    for member in tl.static_range(0, POOL):
+        place = pool * POOL + member - offset
+        real = (place >= 0) & (place < length)
+        total += tl.load(
+            begin + place[:, None].to(tl.int64) * token_stride + feature[None, :],
+            mask=real[:, None] & (feature < WIDTH)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        number += real.to(tl.float32)
     mean = total / tl.maximum(number, 1.0)[:, None]
-    out = tl.program_id(0) * POOLS + tl.arange(0, POOLS)
     tl.store(
-        means + (head.to(tl.int64) * pools + out[:, None]) * WIDTH + feature[None, :],
+        means + (head.to(tl.int64) * pools + pool[:, None]) * WIDTH + feature[None, :],
         mean.to(means.dtype.element_ty),
-        mask=(out < pools)[:, None] & (feature < WIDTH)[None, :],
+        mask=(pool < pools)[:, None] & (feature < WIDTH)[None, :],
     )
 
 
@@ -403,12 +403,18 @@ def _sum_kernel(
                 number = tl.minimum(num_keys - (start + key) * POOL, POOL)
                 logits += tl.math.log2(tl.maximum(number, 1).to(tl.float32))[None, :]
             logits = tl.where((start + key)[None, :] <= last[:, None], logits, -float("inf"))
-            grouped = tl.reshape(logits, (ROWS, KEYS // PER_BLOCK, PER_BLOCK))
-            highest = tl.max(grouped, 2)
-            highest = tl.where(highest == -float("inf"), 0.0, highest)
-            total = highest + tl.math.log2(tl.sum(tl.math.exp2(grouped - highest[:, :, None]), 2))
-            column = start // PER_BLOCK + block
-            tl.store(out + column[None, :], total, mask=exists[:, None] & (column < columns)[None, :])
+            if KEYS == PER_BLOCK:
+                highest = tl.max(logits, 1)
+                highest = tl.where(highest == -float("inf"), 0.0, highest)
+                total = highest + tl.math.log2(tl.sum(tl.math.exp2(logits - highest[:, None]), 1))
+                tl.store(out + start // KEYS, total[:, None], mask=exists[:, None])
+            else:
+                grouped = tl.reshape(logits, (ROWS, KEYS // PER_BLOCK, PER_BLOCK))
+                highest = tl.max(grouped, 2)
+                highest = tl.where(highest == -float("inf"), 0.0, highest)
+                total = highest + tl.math.log2(tl.sum(tl.math.exp2(grouped - highest[:, :, None]), 2))
+                column = start // PER_BLOCK + block
+                tl.store(out + column[None, :], total, mask=exists[:, None] & (column < columns)[None, :])
 
 
 @triton.jit

@@ -1,0 +1,284 @@
+"""A decoding step on a CPU: pages are ranked, chosen and read in place, by compiled loops.
+
+PyTorch has no operator that reads scattered pages: they are copied first, which touches every chosen key three times,
+and a chain of small operators costs more than the arithmetic in it. The loops here read every page once. They compute
+what :mod:`entreg.sparse._pages` and :func:`entreg.sparse.decoding.decoder_plan` compute otherwise, in float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from entreg.geometry.parallel import chunk_ranges, run_chunks
+
+# Sums in any order: what lets them be computed in vector registers. Infinities and NaN keep their meaning.
+_SUMS = {"reassoc", "contract", "arcp", "nsz", "afn"}
+# bfloat16 is the upper half of float32.
+_SHIFTS = {torch.bfloat16: 16, torch.float32: 0}
+_INTEGERS = {torch.bfloat16: torch.uint16, torch.float32: torch.uint32}
+# Numbers of keys times d below which a second thread costs more than it saves.
+_WORTH_A_THREAD = 1 << 18
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether the loops can take these tensors; all others take the operators."""
+    dtype = tensors[0].dtype
+    return (
+        all(one.device.type == "cpu" and one.dtype == dtype and one.stride(-1) == 1 for one in tensors)
+        and dtype in _SHIFTS
+        and not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors))
+    )
+
+
+def choose_pages(q: Tensor, means: Tensor, total: int, count: int, scale: float, maximum: bool) -> Tensor:
+    """The pages of highest attention mass: the first, the last two, and the best of the others.
+
+    Args:
+        q: (batch, heads, 1, d).
+        means: (batch, key_heads, pages, d) of the complete pages.
+        total: pages, the incomplete one included.
+        count: pages chosen, in [1, total].
+        scale: factor of the logits.
+        maximum: of the query heads that share a key head the largest mass counts, otherwise the mean.
+
+    Returns:
+        (batch, key_heads, 1, total) bool.
+    """
+    batch, heads, _, width = q.shape
+    key_heads = means.shape[1]
+    chosen = torch.zeros(batch * key_heads, total, dtype=torch.bool)
+    _choose(
+        q.reshape(batch * key_heads, -1).float().numpy(),
+        *_flat(means),
+        np.uint32(_SHIFTS[means.dtype]),
+        means.shape[2],
+        count,
+        np.float32(scale),
+        maximum,
+        key_heads,
+        heads // key_heads,
+        width,
+        chosen.numpy(),
+    )
+    return chosen.view(batch, key_heads, 1, total)
+
+
+def attend_chosen_pages(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: int, scale: float) -> Tensor:
+    """Attention of one query over whole pages, read in place.
+
+    Args:
+        q: (batch, heads, 1, d).
+        k: (batch, key_heads, m, d).
+        v: (batch, key_heads, m, d_v).
+        chosen: (batch, key_heads or 1, 1, pages) bool; without a page the output is 0.
+        size: keys per page.
+        scale: factor of the logits.
+
+    Returns:
+        (batch, heads, 1, d_v).
+    """
+    batch, heads, _, width = q.shape
+    key_heads, m = k.shape[1], k.shape[2]
+    tasks, share, value_width = batch * key_heads, heads // key_heads, v.shape[3]
+    mask = chosen.expand(batch, key_heads, 1, -1).reshape(tasks, -1).numpy()
+    out = torch.empty(tasks, share * value_width)
+    arguments = (
+        q.reshape(tasks, -1).float().numpy(),
+        *_flat(k),
+        *_flat(v),
+        np.uint32(_SHIFTS[q.dtype]),
+        mask,
+        size,
+        m,
+        np.float32(scale),
+        key_heads,
+        share,
+        width,
+        value_width,
+        out.numpy(),
+    )
+    work = int(np.count_nonzero(mask)) * size * width
+    threads = min(torch.get_num_threads(), tasks, 1 + work // _WORTH_A_THREAD)
+    if threads == 1:
+        _attend(*arguments, 0, tasks)
+    else:
+        ranges = chunk_ranges(tasks, threads)
+        run_chunks(lambda first, last: _attend(*arguments, first, last), ranges, threads)
+    return out.view(batch, heads, 1, value_width).to(q.dtype)
+
+
+def known_pages(k: Tensor, last_keys: Tensor, size: int) -> int:
+    """Number of leading pages whose last keys begin as they did before, in all sequences and heads.
+
+    Args:
+        k: (batch, key_heads, m, d).
+        last_keys: (batch, key_heads, pages, components) of k's dtype; pages at most m / size.
+        size: keys per page.
+    """
+    return _known(*_flat(k), last_keys.view(_INTEGERS[k.dtype]).numpy(), size)
+
+
+def _flat(x: Tensor) -> tuple[np.ndarray, int, int, int]:
+    """The memory of x (batch, heads, length, d) as integers of its width, and its three strides."""
+    extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    memory = x.detach().as_strided((max(extent, 0),), (1,)).view(_INTEGERS[x.dtype])
+    return memory.numpy(), *x.stride()[:3]
+
+
+@njit(cache=True, nogil=True, fastmath=_SUMS, inline="always")
+def _widen(memory: np.ndarray, start: int, length: int, shift: np.uint32, bits: np.ndarray, at: int) -> None:
+    """Numbers as the bits of float32."""
+    source, target = memory[start : start + length], bits[at : at + length]
+    for i in range(length):
+        target[i] = np.uint32(source[i]) << shift
+
+
+@njit(cache=True, nogil=True, fastmath=_SUMS, inline="always")
+def _exponentials(x: np.ndarray, length: int, exponents: np.ndarray, powers: np.ndarray) -> None:
+    """exp of numbers up to 0, in place, to 2e-7: 2^whole by its bits (``powers`` are those of ``exponents``)."""
+    for i in range(length):
+        y = max(x[i] * np.float32(math.log2(math.e)), np.float32(-126.0))
+        whole = np.floor(y)
+        f = y - whole
+        exponents[i] = (np.int32(whole) + np.int32(127)) << np.int32(23)
+        p = np.float32(1.8775767e-3)
+        p = p * f + np.float32(8.9893397e-3)
+        p = p * f + np.float32(5.5826318e-2)
+        p = p * f + np.float32(2.4015361e-1)
+        p = p * f + np.float32(6.9315308e-1)
+        x[i] = p * f + np.float32(9.9999994e-1)
+    for i in range(length):
+        x[i] *= powers[i]
+
+
+@njit(cache=True, nogil=True)
+def _known(memory, stride_b, stride_h, stride_m, last_keys, size):
+    batch, heads, pages, components = last_keys.shape
+    known = pages
+    for b in range(batch):
+        for h in range(heads):
+            for page in range(known):
+                start = b * stride_b + h * stride_h + ((page + 1) * size - 1) * stride_m
+                for i in range(components):
+                    if memory[start + i] != last_keys[b, h, page, i]:
+                        known = page
+                        break
+                if known == page:
+                    break
+    return known
+
+
+@njit(cache=True, nogil=True, fastmath=_SUMS)
+def _choose(
+    q, memory, stride_b, stride_h, stride_m, shift, complete, count, scale, maximum, key_heads, share, d, chosen
+):
+    total = chosen.shape[1]
+    bits = np.empty(d, np.uint32)
+    mean = bits.view(np.float32)
+    logits = np.empty((share, complete), np.float32)
+    exponents = np.empty(complete, np.int32)
+    powers = exponents.view(np.float32)
+    scores = np.empty(total, np.float32)
+    for task in range(len(q)):
+        start = task // key_heads * stride_b + task % key_heads * stride_h
+        for page in range(complete):
+            _widen(memory, start + page * stride_m, d, shift, bits, 0)
+            for g in range(share):
+                query = q[task, g * d : (g + 1) * d]
+                dot = np.float32(0.0)
+                for i in range(d):
+                    dot += query[i] * mean[i]
+                logits[g, page] = dot * scale
+        scores[:] = 0.0
+        for g in range(share):
+            row = logits[g]
+            largest = np.float32(-np.inf)
+            for page in range(complete):
+                largest = max(largest, row[page])
+            for page in range(complete):
+                row[page] -= largest
+            _exponentials(row, complete, exponents, powers)
+            mass = np.float32(0.0)
+            for page in range(complete):
+                mass += row[page]
+            for page in range(complete):
+                one = row[page] / mass
+                scores[page] = max(scores[page], one) if maximum else scores[page] + one
+        for page in (0, max(total - 2, 0), total - 1):
+            scores[page] = np.float32(np.inf)
+        least = np.partition(scores, total - count)[total - count]
+        left = count
+        for page in range(total):
+            if scores[page] > least:
+                chosen[task, page] = True
+                left -= 1
+        for page in range(total):
+            if left > 0 and scores[page] == least:
+                chosen[task, page] = True
+                left -= 1
+
+
+@njit(cache=True, nogil=True, fastmath=_SUMS)
+def _attend(
+    q, keys, key_b, key_h, key_m, values, value_b, value_h, value_m, shift, mask, size, m, scale, key_heads, share, d,
+    d_v, out, first, last,
+):  # fmt: skip
+    key_bits, value_bits = np.empty(size * d, np.uint32), np.empty(size * d_v, np.uint32)
+    key_rows, value_rows = key_bits.view(np.float32), value_bits.view(np.float32)
+    exponents = np.empty(size, np.int32)
+    powers = exponents.view(np.float32)
+    weights = np.empty(size, np.float32)
+    queries, sums = np.empty(share * d, np.float32), np.empty(share * d_v, np.float32)
+    largest, mass = np.empty(share, np.float32), np.empty(share, np.float32)
+    for task in range(first, last):
+        key_start = task // key_heads * key_b + task % key_heads * key_h
+        value_start = task // key_heads * value_b + task % key_heads * value_h
+        for i in range(share * d):
+            queries[i] = q[task, i] * scale
+        sums[:] = 0.0
+        mass[:] = 0.0
+        largest[:] = np.finfo(np.float32).min
+        for page in range(mask.shape[1]):
+            if not mask[task, page]:
+                continue
+            rows = min(size, m - page * size)
+            for r in range(rows):
+                place = page * size + r
+                _widen(keys, key_start + place * key_m, d, shift, key_bits, r * d)
+                _widen(values, value_start + place * value_m, d_v, shift, value_bits, r * d_v)
+            for g in range(share):
+                query, total = queries[g * d : (g + 1) * d], sums[g * d_v : (g + 1) * d_v]
+                highest = largest[g]
+                for r in range(rows):
+                    row = key_rows[r * d : (r + 1) * d]
+                    dot = np.float32(0.0)
+                    for i in range(d):
+                        dot += query[i] * row[i]
+                    weights[r] = dot
+                    highest = max(highest, dot)
+                if highest > largest[g]:
+                    # What was summed up so far was relative to a smaller maximum.
+                    shrink = np.float32(math.exp(largest[g] - highest))
+                    largest[g] = highest
+                    mass[g] *= shrink
+                    for i in range(d_v):
+                        total[i] *= shrink
+                for r in range(rows):
+                    weights[r] -= highest
+                _exponentials(weights, rows, exponents, powers)
+                for r in range(rows):
+                    weight = weights[r]
+                    mass[g] += weight
+                    row = value_rows[r * d_v : (r + 1) * d_v]
+                    for i in range(d_v):
+                        total[i] += weight * row[i]
+        for g in range(share):
+            # Without a page there is nothing to weigh.
+            inverse = np.float32(1.0) / max(mass[g], np.finfo(np.float32).tiny)
+            for i in range(d_v):
+                out[task, g * d_v + i] = sums[g * d_v + i] * inverse
