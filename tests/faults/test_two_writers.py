@@ -18,9 +18,9 @@ WRITERS = 3
 
 def records(folder):
     store = RecordStore(folder / "runs")
-    record = sample_record(rows=[{"t": value} for value in range(500)])
+    record = sample_record(rows=[{"t": value} for value in range(100)])
     seen = 0
-    with together(folder, WRITERS, victims.save_record, folder / "runs", record, 30) as running:
+    with together(folder, WRITERS, victims.save_record, folder / "runs", record, 20) as running:
         while any(process.is_alive() for process in running):
             # A reader at any moment finds one of the records, whole.
             found = store.load_all()
@@ -55,7 +55,8 @@ def killed_checkpoint(folder):
         assert all(process.exitcode in (None, 0) for process in running)
     # The last one may have been killed when the others were done.
     save_checkpoint(folder / "run", 60, model, {"writer": 0}, keep=2)
-    left = sorted(path.name for path in (folder / "run").iterdir())
+    # One that is killed before it can say that it is alive leaves an empty folder.
+    left = sorted(path.name for path in (folder / "run").iterdir() if path.suffix != ".new")
     assert left == ["step-00000059", "step-00000060"]
     assert all(read_checkpoint(folder / "run" / name) for name in left)
 
