@@ -187,7 +187,7 @@ def test_watching_ends_with_the_sweep(tmp_path):
         assert first.startswith("Sweep ")
         with sweep.job(["x=1"]).attempting("x"):
             pass
-        rest = watching.communicate(timeout=60)[0]
+        rest = watching.stdout.read()
     assert watching.returncode == 0
     assert "1 run: 1 queued" in rest
     assert "1 run: 1 done" in rest
