@@ -17,7 +17,7 @@ from entreg.evaluation.studies import run_all
 from entreg.runs.objective import Objective
 
 
-@hydra_main("geometry")
+@hydra_main("geometry", checked=["objective.where"])
 def main(config: DictConfig) -> float | None:
     objective = Objective.from_mapping(config.objective)
     runs = [run for one in experiment_configs(config, HydraConfig.get().overrides.task) for run in plan_runs(one)]

@@ -17,7 +17,7 @@ from entreg.evaluation.studies import run_all, study_configs
 from entreg.runs.objective import Objective
 
 
-@hydra_main("language", checked=CHECKED, shared=True)
+@hydra_main("language", checked=(*CHECKED, "objective.where"), shared=True)
 def main(config: DictConfig) -> float | None:
     objective = Objective.from_mapping(config.objective)
     runs = [plan_run(one) for one in study_configs(config, HydraConfig.get().overrides.task, "language")]

@@ -16,7 +16,7 @@ from entreg.evaluation.vision_report import report
 from entreg.runs.objective import Objective
 
 
-@hydra_main("train", checked=CHECKED, shared=True)
+@hydra_main("train", checked=(*CHECKED, "objective.where"), shared=True)
 def main(config: DictConfig) -> float | None:
     objective = Objective.from_mapping(config.objective)
     runs = [plan_run(one) for one in study_configs(config, HydraConfig.get().overrides.task)]

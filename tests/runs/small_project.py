@@ -83,6 +83,27 @@ MAIN = """
       searchpath: ["file://CONFIGS"]
 """
 
+SLURM = {
+    "sbatch": """
+        file="${@: -1}"
+        cp "$file" submitted.sh
+        tasks=$(grep -oP '^#SBATCH --array=\\K[0-9]+-[0-9]+' "$file")
+        for task in $(seq ${tasks%-*} ${tasks#*-}); do
+            export SLURM_JOB_ID=$$$task SLURM_ARRAY_JOB_ID=$$ SLURM_ARRAY_TASK_ID=$task SLURM_JOB_NODELIST=localhost
+            export SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_NNODES=1
+            setsid bash "$file" > /dev/null 2>&1 &
+        done
+        echo "Submitted batch job $$"
+    """,
+    "srun": """
+        while [[ "$1" == -* ]]; do
+            case "$1" in --output | --error) shift 2 ;; *) shift ;; esac
+        done
+        exec "$@"
+    """,
+    "sacct": "echo 'JobID|State|NodeList'",
+}
+
 
 class Project:
     """The script in a folder of its own.
@@ -93,6 +114,7 @@ class Project:
 
     def __init__(self, folder):
         self.folder = folder
+        self.environment = {"PYTHONPATH": str(environment.REPOSITORY)}
         (folder / "configs").mkdir()
         (folder / "configs" / "main.yaml").write_text(textwrap.dedent(MAIN).replace("CONFIGS", str(CONFIGS)))
         (folder / "script.py").write_text(textwrap.dedent(SCRIPT))
@@ -102,7 +124,7 @@ class Project:
         return subprocess.Popen(
             [sys.executable, "script.py", *arguments],
             cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(environment.REPOSITORY)},
+            env={**os.environ, **self.environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -114,6 +136,15 @@ class Project:
         process = self.start(*arguments)
         out, err = process.communicate(timeout=300)
         return process.returncode, out, err
+
+    def pretend_slurm(self):
+        """Slurm's commands, as far as submitit calls them: an array's tasks become processes of this machine."""
+        folder = self.folder / "slurm"
+        folder.mkdir()
+        for name, lines in SLURM.items():
+            (folder / name).write_text(f"#!/bin/bash\n{textwrap.dedent(lines)}")
+            (folder / name).chmod(0o755)
+        self.environment["PATH"] = f"{folder}:{os.environ['PATH']}"
 
     def traces(self, word):
         """The numbers of the runs that began, or ended, in that order."""

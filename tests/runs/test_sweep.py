@@ -166,3 +166,18 @@ def test_launchers_are_choices_of_the_configuration(project, launcher):
     assert {record["command"] for record in RecordStore(project.folder / "runs").load_all()} == {
         f"python script.py number={number} 'refused=[1]'" for number in range(3)
     }
+
+
+@pytest.mark.slow
+def test_slurm_gets_an_array_with_the_resources_of_the_configuration(project):
+    project.pretend_slurm()
+    command = ["-m", "launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.array_parallelism=2"]
+    status, _, err = project.run(*command, "number=0,1,2", "refused=[1]")
+    assert status == 2, err
+    assert sorted(project.traces("begin")) == [0, 1, 2]
+    assert sorted(project.traces("end")) == [0, 2]
+    assert err.splitlines()[-1] == "Error: 1 is not a good number."
+    submitted = (project.folder / "submitted.sh").read_text()
+    for option in ("array=0-2%2", "partition=gpu", "gpus-per-node=1", "cpus-per-task=12", "mem=64GB", "time=720"):
+        assert f"#SBATCH --{option}\n" in submitted
+    assert set(project.folder.glob("runs/sweeps/*/submitit/*"))
