@@ -299,6 +299,9 @@ def _require_causal(folder: Path, name: str) -> None:
 
 def _require_whole_weights(folder: Path) -> None:
     """Every file of the weights is there and as long as its header says; nothing else of it is read."""
+    if (folder / "adapter_config.json").exists():
+        # transformers would add it to the weights, or to those of yet another folder that it names.
+        raise AssetError(f"{folder} holds an adapter, adapter_config.json: merge it into the model, or move it away")
     for path in _weight_files(folder):
         if not path.is_file():
             raise AssetError(f"{folder} lacks {path.name}, which its index lists; fetch it again")
@@ -407,9 +410,11 @@ def _read_gguf(path: Path) -> tuple[Any, nn.Module]:
     except ImportError as error:
         raise ConfigError(f"reading {path.name} needs the package gguf: pip install gguf") from error
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        )
         read, report = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+            path.parent, gguf_file=path.name, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
     # A truncated file ends in errors of numpy and of the reader, an unsupported one in those of transformers.
     except Exception as error:

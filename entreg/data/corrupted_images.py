@@ -163,9 +163,11 @@ class GeneratedCorruptions(CorruptedSet):
         key = corruption, severity
         if key not in self._open:
             path = self.folder / f"{corruption}-{severity}.npy"
-            if not _is_whole(path):
+            array = _whole_array(path)
+            if array is None:
                 self._make(path, corruption, severity)
-            self._open[key] = np.load(path, mmap_mode="r", allow_pickle=False)
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+            self._open[key] = array
         return self._open[key]
 
     def describe(self) -> dict[str, Any]:
@@ -265,11 +267,13 @@ def _digest(description: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether the file is there with the checksum written beside it."""
+def _whole_array(path: Path) -> np.ndarray | None:
+    """The array in a file that has the checksum written beside it; None for any other file."""
     try:
         expected = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["sha256"]
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == expected
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                return None
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        return None
