@@ -1,0 +1,307 @@
+"""What the pages under docs/ say exists, and their commands and recipes work as written."""
+
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import get_method
+from omegaconf import OmegaConf
+
+from entreg.cli import CONFIGS
+from entreg.evaluation import geometry_experiment, language_experiment, vision_experiment
+from entreg.evaluation.studies import study_configs
+from entreg.training.penalties import QUANTITIES
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+METHOD, PAPER_SCALE, EXTENDING = (DOCS / name for name in ("method.md", "paper_scale.md", "extending.md"))
+FENCE = r"```{language}\n(.*?)```"
+TINY = [
+    "model.options.depth=2",
+    "model.options.embed_dim=16",
+    "base.trainer.steps=1",
+    "base.trainer.warmup_steps=0",
+    "base.trainer.batch_size=4",
+    "trainer.steps=1",
+    "trainer.warmup_steps=0",
+    "trainer.batch_size=4",
+    "evaluation.limit=6",
+    "evaluation.batch_size=6",
+    "tracker=none",
+]
+PLANS = ["evaluation.localisation=null", "evaluation.plans.columns=null", "evaluation.plans.tokens=null"]
+
+
+def blocks(text, language):
+    return re.findall(FENCE.format(language=language), text, flags=re.DOTALL)
+
+
+def commands(text):
+    lines = [line.partition("   #")[0] for block in blocks(text, "bash") for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def section(path, title):
+    """Text below a heading, to the next one of its level."""
+    (found,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return found
+
+
+# ---- what is named exists
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.stem)
+def test_links_lead_somewhere(path):
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in headings}
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        file, _, anchor = link.partition("#")
+        assert not file or (path.parent / file).exists(), link
+        assert file or anchor in anchors, link
+
+
+def named(path):
+    return sorted(set(re.findall(r"`(entreg(?:\.\w+)+)`", path.read_text())))
+
+
+@pytest.mark.parametrize("name", sorted({name for path in (METHOD, PAPER_SCALE, EXTENDING) for name in named(path)}))
+def test_names_are_public_and_exist(name):
+    parts = name.split(".")
+    assert not any(part.startswith("_") for part in parts)
+    for cut in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[cut:]:
+            assert part in getattr(found, "__all__", vars(found))
+            found = getattr(found, part)
+        return
+    pytest.fail(f"there is no {name}")
+
+
+@pytest.mark.parametrize("package", ["entreg.entropy", "entreg.geometry", "entreg.regularizer"])
+def test_the_method_names_what_the_core_computes(package):
+    module = importlib.import_module(package)
+    public = getattr(module, "__all__", ["EntropyRegularizer", "Term"])
+    # Results and helpers need no formula.
+    helpers = {"PartKind", "Triangulation", "DISTRIBUTIONS", "generate"}
+    assert {f"{package}.{name}" for name in public if name not in helpers} <= set(named(METHOD))
+
+
+def test_the_method_lists_every_quantity_that_can_be_penalised():
+    table = section(METHOD, "5. The regulariser")
+    assert set(QUANTITIES) <= set(re.findall(r"`(\w+)`", table))
+
+
+def test_formulas_are_closed():
+    for path in DOCS.glob("*.md"):
+        text = re.sub(r"```.*?```|`[^`]*`", "", path.read_text(), flags=re.DOTALL)
+        assert text.count("$$") % 2 == 0
+        assert text.replace("$$", "").count("$") % 2 == 0, path
+
+
+# ---- what is typed works
+
+
+def typed(command):
+    """The commands of the scripts that a line stands for: its own, or what make would run."""
+    words = shlex.split(command)
+    if words[0] == "make":
+        done = subprocess.run(
+            ["make", "--no-print-directory", "-n", "-o", ".venv/.installed", *words[1:]],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        lines = [line for line in done.stdout.splitlines() if re.search(r"python scripts/", line)]
+        return [shlex.split(line) for line in lines]
+    return [words]
+
+
+def scripts_of(text):
+    """Script and arguments of every command that runs one."""
+    found = []
+    for words in (words for command in commands(text) for words in typed(command)):
+        start = next(place for place, word in enumerate(words) if word.startswith("scripts/"))
+        found.append((words[start], words[start + 1 :]))
+    return found
+
+
+def single_jobs(arguments):
+    """Overrides of the jobs of a multirun, each with the first value of what is varied; otherwise the arguments."""
+    if "-m" not in arguments:
+        return arguments
+    chosen = []
+    for override in OverridesParser.create().parse_overrides([one for one in arguments if one != "-m"]):
+        key = override.get_key_element()
+        varied = override.is_sweep_override()
+        value = next(override.sweep_string_iterator()) if varied else override.get_value_element_as_str()
+        chosen.append(f"{key}={value}")
+    return chosen
+
+
+def plan(script, arguments):
+    """Everything that the script would refuse before it starts, and the runs that it would do."""
+    entry = {"vision": "train"}.get(Path(script).stem, Path(script).stem)
+    if not (CONFIGS / f"{entry}.yaml").exists():
+        return [None]
+    if entry != "benchmark" and script != "scripts/train.py" and "geometry" not in script:
+        # Seeds differ in nothing but the seed, and tests/experiments looks at all methods: the first one is enough.
+        chosen = any(one.startswith("profile.methods=") for one in arguments)
+        arguments = [*arguments, "study.seeds=[0]", *([] if chosen else ["profile.methods=[]"])]
+    config = hydra.compose(entry, arguments)
+    if entry == "benchmark":
+        chosen = OmegaConf.to_container(config.benchmark, resolve=True)
+        return [get_method(one["_target_"]) for one in ([chosen] if "_target_" in chosen else chosen.values())]
+    if script == "scripts/train.py":
+        return [vision_experiment.plan_run(OmegaConf.to_container(config, resolve=True))]
+    if entry == "geometry":
+        found = geometry_experiment.experiment_configs(config, arguments)
+        return [run for one in found for run in geometry_experiment.plan_runs(one)]
+    planned = {"train": vision_experiment, "language": language_experiment}[entry].plan_run
+    return [planned(one) for one in study_configs(config, arguments, entry)]
+
+
+@pytest.fixture
+def initialised_hydra():
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        yield
+
+
+OUTSIDE = section(EXTENDING, "An experiment").partition("### In the package")[0]
+PAGES = ((ROOT / "README.md").read_text(), PAPER_SCALE.read_text(), OUTSIDE)
+# What two pages say, or two targets of make, is looked at once.
+COMMANDS = sorted({(script, *arguments) for text in PAGES for script, arguments in scripts_of(text)})
+
+
+@pytest.mark.parametrize(("script", "arguments"), [(script, arguments) for script, *arguments in COMMANDS])
+def test_commands_are_accepted(script, arguments, initialised_hydra):
+    assert (ROOT / script).is_file()
+    runs = plan(script, single_jobs(arguments))
+    assert runs
+    for run in runs:
+        if hasattr(run, "config") and "profile=paper" in arguments:
+            assert run.config.get("scale", "paper") == "paper"
+
+
+def test_every_experiment_of_the_papers_scale_has_its_command():
+    text = " ".join(" ".join(arguments) for _, arguments in scripts_of(PAPER_SCALE.read_text()))
+    for name in ("vit/imagenet", "cifar/cifar100", "llm/llama_2_7b", "llm/mistral_7b", "llm/phi_2", "llm/other"):
+        assert f"experiment={name}" in text
+    claims = (ROOT / "entreg" / "records" / "claims.yaml").read_text()
+    headings = " ".join(re.findall(r"^## .*", PAPER_SCALE.read_text(), re.MULTILINE))
+    for claim in re.findall(r"`([a-z]+-[a-z0-9]+)`", headings):
+        assert f"id: {claim}" in claims
+
+
+def test_make_targets_of_the_docs_exist():
+    targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for path in (METHOD, PAPER_SCALE, EXTENDING, DOCS / "README.md"):
+        for line in re.findall(r"`(make [^`]*)`", path.read_text()) + commands(path.read_text()):
+            if line.startswith("make "):
+                asked = [word for word in line.split()[1:] if re.fullmatch(r"[a-z-]+", word)]
+                assert asked
+                assert set(asked) <= targets, line
+
+
+# ---- the recipes are followed
+
+
+@pytest.mark.parametrize("title", ["A regulariser", "A plan"])
+def test_what_works_from_outside_works(title):
+    outside, _, _ = section(EXTENDING, title).partition("### In the package")
+    (code,) = blocks(outside, "python")
+    exec(compile(code, title, "exec"), {})
+
+
+def changes(text):
+    """(file, language, content) of every block that a file's name stands above, in order."""
+    file = None
+    pattern = r"^\*\*`(?P<file>[^`]+)`\*\*$|^```(?P<language>\w+)\n(?P<body>.*?)^```$"
+    for match in re.finditer(pattern, text, re.MULTILINE | re.DOTALL):
+        if match["file"]:
+            file = match["file"]
+        elif match["language"] in ("diff", "python", "yaml") and file is not None:
+            yield file, match["language"], match["body"]
+
+
+def follow(title, root):
+    """Apply a recipe to the copy of the repository; returns the Python files that it touches and its commands."""
+    _, _, text = section(EXTENDING, title).partition("### In the package")
+    touched = []
+    for file, language, body in changes(text):
+        path = root / file
+        if language == "diff":
+            lines = body.splitlines(keepends=True)
+            before = "".join(line[1:] for line in lines if line[0] in " -")
+            after = "".join(line[1:] for line in lines if line[0] in " +")
+            old = path.read_text()
+            assert old.count(before) == 1, f"{file} has changed: {before}"
+            path.write_text(old.replace(before, after))
+        else:
+            assert not path.exists(), f"{file} is there already"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(body)
+        if file.endswith(".py") and file not in touched:
+            touched.append(file)
+    lines = [line for block in blocks(text, "bash") for line in block.splitlines()]
+    return touched, lines
+
+
+def run_in(root, *words):
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture
+def copy_of_the_repository(tmp_path):
+    for name in ("entreg", "configs", "scripts"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", ["A regulariser", "A plan", "An experiment"])
+def test_the_recipe_works_as_written(title, copy_of_the_repository):
+    root = copy_of_the_repository
+    touched, lines = follow(title, root)
+    run_in(root, "-m", "ruff", "check", "--quiet", *touched)
+    run_in(root, "-m", "ruff", "format", "--check", "--quiet", *touched)
+    tests = [file for file in touched if file.startswith("tests/")]
+    if tests:
+        run_in(root, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
+    for line in lines:
+        _, script, *arguments = shlex.split(line)
+        if script == "scripts/tables.py":
+            run_in(root, script, *arguments)
+            continue
+        small = [*TINY, *(PLANS if "experiment=" not in line else [])]
+        output = run_in(root, script, *arguments, *small)
+        assert "vision records in outputs/runs" in output
+    records = list((root / "outputs" / "runs").glob("*.json"))
+    if title == "An experiment":
+        assert len(records) == 4
+        table = (root / "outputs" / "tables" / "vision-penalty-ramps.md").read_text()
+        assert "| plain |" in table
+        assert "| ours long ramp |" in table
+    else:
+        (record,) = records
+        assert ("collision_entropy" if title == "A regulariser" else "key_norm") in record.read_text()
