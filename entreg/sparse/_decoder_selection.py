@@ -24,6 +24,11 @@ _CHUNK_BLOCKS = 8
 LEAST_CHOICE = 3
 """Blocks per row: the sink, the row's own and one to choose."""
 _BISECTIONS = 50
+# Selections that make one of two estimates.
+_BOTH = ("validated", "mixture")
+_FITTING_STEPS = 4
+# Weight of a row's own sample beside what the mixture expects; chosen by validation text.
+_OWN_SAMPLE = 0.3
 
 
 def selection_entries(sparsity: DecoderSparsity, num_queries: int, num_keys: int) -> int:
@@ -33,16 +38,16 @@ def selection_entries(sparsity: DecoderSparsity, num_queries: int, num_keys: int
     n, m, size = num_queries, num_keys, sparsity.block_size
     entries = 0
     if sparsity.backend == "triton":
-        if sparsity.selection in ("pooled", "validated"):
+        if sparsity.selection in ("pooled", *_BOTH):
             entries += fused_entries(n, m, size, size // sparsity.pool_size, sparsity.pool_size)
-        if sparsity.selection in ("sampled", "validated"):
+        if sparsity.selection in ("sampled", *_BOTH):
             entries += fused_entries(n, m, size, sparsity.num_sampled_queries, 1)
         return entries
-    if sparsity.selection in ("pooled", "validated"):
+    if sparsity.selection in ("pooled", *_BOTH):
         rows = num_blocks(n + query_offset(n, m, size, True), size)
         pools = size // sparsity.pool_size
         entries += rows * pools * num_blocks(m, size) * pools
-    if sparsity.selection in ("sampled", "validated"):
+    if sparsity.selection in ("sampled", *_BOTH):
         chunks = _chunks(size, n, m)
         entries += sum((end - start) * sparsity.num_sampled_queries * keys for start, end, keys in chunks)
     return entries
@@ -83,11 +88,11 @@ def block_scores(
     if sparsity.selection in ("oracle", "topk"):
         return _sampled_scores(q, k, block_size, block_size, scale, mask).unflatten(1, shared).mean(2)
     pooled = sampled = None
-    if sparsity.selection in ("pooled", "validated"):
+    if sparsity.selection in ("pooled", *_BOTH):
         pool = sparsity.pool_size
         pooled = pooled_block_scores(q, k, block_size, scale=scale, causal=True, permutation=None, pool_size=pool)
         pooled = pooled.unflatten(1, shared).mean(2)
-    if sparsity.selection in ("sampled", "validated"):
+    if sparsity.selection in ("sampled", *_BOTH):
         sampled = _sampled_scores(q, k, sparsity.num_sampled_queries, block_size, scale, mask).unflatten(1, shared)
         sampled = sampled.mean(2) if sparsity.group_reduction == "mean" else sampled.amax(2)
         neighbours = _shared_along(_shared_along(sampled, sparsity.diagonal_radius, 1), sparsity.column_radius, 0)
@@ -95,6 +100,8 @@ def block_scores(
         return neighbours
     if sampled is None:
         return pooled
+    if sparsity.selection == "mixture":
+        return _mixture(sampled, neighbours, pooled, sparsity.validation_radius, visible)
     return _validated(sampled, neighbours, pooled, sparsity, count, visible)
 
 
@@ -106,20 +113,56 @@ def _validated(
     ``neighbours`` without a row's own sample and ``pooled`` each choose as many blocks as the budget leaves; the
     sampled attention that falls into them, summed over the rows of the stretch, is how well they predict.
     """
-    free = visible.expand_as(sampled).scatter(-1, last_visible(visible).expand(*sampled.shape[:3], 1), False)
-    free = free.scatter(-1, _first_visible(sampled, visible), False)
+    free = _free(sampled, visible)
     # The sink and the row's own block are kept in any case.
     number = min(max(count - 2, 1), sampled.shape[-1])
 
     def predicted(scores: Tensor) -> Tensor:
         chosen = scores.masked_fill(~free, -1.0).topk(number, dim=-1).indices
         hits = sampled.masked_fill(~free, 0.0).gather(-1, chosen).sum(-1)
-        radius = sparsity.validation_radius
-        # The mean with zeros beyond the ends, in proportion to the sum.
-        return avg_pool1d(pad(hits, (radius, radius)), 2 * radius + 1, stride=1)
+        return _over_stretches(hits, sparsity.validation_radius)
 
     better = predicted(neighbours - sampled) > sparsity.validation_margin * predicted(pooled)
     return torch.where(better.unsqueeze(-1), neighbours, pooled + sampled)
+
+
+def _mixture(sampled: Tensor, neighbours: Tensor, pooled: Tensor, radius: int, visible: Tensor) -> Tensor:
+    """Both estimates as distributions over blocks, mixed for every head and row as the samples ask for.
+
+    The weights are those of the most likely mixture of ``neighbours`` without a row's own sample and ``pooled`` (least
+    cross-entropy of the sampled attention, over the rows of a stretch), by expectation maximisation from one half. What
+    is kept in any case, the sink and the row's own block, takes no part.
+    """
+    free = _free(sampled, visible)
+    tiny = torch.finfo(sampled.dtype).tiny
+
+    def distribution(scores: Tensor) -> Tensor:
+        scores = scores.masked_fill(~free, 0.0).clamp_min(0.0)
+        return scores / scores.sum(-1, keepdim=True).clamp_min(tiny)
+
+    observed = sampled.masked_fill(~free, 0.0)
+    # A floor: one sample that an estimate finds impossible does not decide.
+    held_out, wide = distribution(neighbours - sampled) + 1e-6, distribution(pooled)
+    total = _over_stretches(observed.sum(-1), radius).clamp_min(tiny)
+    weight = torch.full_like(total, 0.5)
+    for _ in range(_FITTING_STEPS):
+        share = weight.unsqueeze(-1) * held_out
+        explained = observed * share / (share + (1.0 - weight.unsqueeze(-1)) * (wide + 1e-6))
+        weight = (_over_stretches(explained.sum(-1), radius) / total).clamp(0.0, 1.0)
+    weight = weight.unsqueeze(-1)
+    return weight * distribution(neighbours) + (1.0 - weight) * wide + _OWN_SAMPLE * distribution(sampled)
+
+
+def _free(scores: Tensor, visible: Tensor) -> Tensor:
+    """Pairs of blocks among which there is a choice: neither the sink nor the row's own block."""
+    free = visible.expand_as(scores).scatter(-1, last_visible(visible).expand(*scores.shape[:3], 1), False)
+    return free.scatter(-1, _first_visible(scores, visible), False)
+
+
+def _over_stretches(values: Tensor, radius: int) -> Tensor:
+    """Sums, but for a factor, of (batch, heads, rows) over ``radius`` rows before and after each."""
+    # The mean with zeros beyond the ends, in proportion to the sum.
+    return avg_pool1d(pad(values, (radius, radius)), 2 * radius + 1, stride=1)
 
 
 def _shared_along(scores: Tensor, radius: int, slope: int) -> Tensor:

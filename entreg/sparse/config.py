@@ -33,7 +33,7 @@ _VISION_BACKENDS = tuple(name for name in BACKENDS if name != "triton")
 KERNEL_SIZES = (16, 32, 64, 128)
 REDUCTIONS = ("drop", "merge", "partition", "fuse")
 ANCHORS = ("top", "residual")
-SELECTIONS = ("validated", "pooled", "sampled", "oracle", "window", "topk")
+SELECTIONS = ("validated", "mixture", "pooled", "sampled", "oracle", "window", "topk")
 BUDGETS = ("uniform", "entropy", "mass")
 SCORE_SOURCES = ("own", "previous")
 
@@ -237,7 +237,8 @@ class DecoderSparsity:
             queries and keys, good for wide attention; ``sampled``: attention of ``num_sampled_queries`` queries per
             block to all keys, shared with neighbours, good for attention to single keys (copying); ``validated``:
             for every head and stretch of rows the one of the two that predicts the sampled rows better, each of
-            these left out in turn; ``window``: the latest blocks (sink + local, as StreamingLLM); ``oracle``: full
+            these left out in turn; ``mixture``: of both, with the weights that make those samples most likely; best
+            with small blocks; ``window``: the latest blocks (sink + local, as StreamingLLM); ``oracle``: full
             attention, for comparison, its cost is not counted; ``topk``: the same for single keys of single queries.
         block_size: queries and keys per block, at least 1.
         pool_size: consecutive tokens of which a selection sees the mean; divides ``block_size``.
@@ -248,7 +249,8 @@ class DecoderSparsity:
             weights fall linearly. Relative positions make attention alike along diagonals, so few queries say much
             about those beside them.
         column_radius: the same along columns of key blocks.
-        validation_radius: of ``validated``: rows of blocks before and after that decide together, at least 0.
+        validation_radius: of ``validated`` and ``mixture``: rows of blocks before and after that decide together, at
+            least 0.
         validation_margin: of ``validated``, above 0: the samples' estimate is used where it predicts more than this
             times what the pooled one predicts; below 1 it is preferred, above 1 the pooled one.
         local_blocks: blocks before each row's own that are always kept, at least 0.
@@ -277,7 +279,7 @@ class DecoderSparsity:
     validation_radius: int = 8
     validation_margin: float = 0.9
     local_blocks: int = 0
-    dense_tail_blocks: int = 2
+    dense_tail_blocks: int = 1
     budget: str = "uniform"
     page_size: int = 16
     decode_sparsity: float | None = None

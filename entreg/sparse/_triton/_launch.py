@@ -48,9 +48,14 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def power_of_two(number: int) -> int:
+    """The least power of two that is not below a number of at least 1. (Triton's own takes longer than a launch.)"""
+    return 1 << (number - 1).bit_length()
+
+
 def padded_width(width: int) -> int:
     """The next power of two, at least what a tensor core takes."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, power_of_two(width))
 
 
 @lru_cache
@@ -67,7 +72,7 @@ def listed_blocks(plan: SparsityPlan) -> BlockLists:
     batch, heads, rows, columns = mask.shape
     index = torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
     lengths = torch.empty(mask.shape[:3], dtype=torch.int32, device=mask.device)
-    padded = triton.next_power_of_2(columns)
+    padded = power_of_two(columns)
     _list_kernel[(batch * heads * rows,)](
         mask.view(torch.uint8),
         index,

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from entreg.sparse._counting import num_blocks
-from entreg.sparse._triton._launch import listed_blocks, multiprocessors, padded_width, rows_contiguous
+from entreg.sparse._triton._launch import listed_blocks, multiprocessors, padded_width, power_of_two, rows_contiguous
 from entreg.sparse._triton.selection import _highest
 from entreg.sparse.plan import BlockLists, SparsityPlan
 
@@ -54,7 +54,7 @@ def chosen_pages(
     means, last_keys = buffers = _with_room(buffers, k, complete)
     logits = torch.empty(batch, heads, complete, dtype=torch.float32, device=q.device)
     share = heads // key_heads
-    _page_logits_kernel[(triton.cdiv(complete, _PAGES_PER_PROGRAM), batch * key_heads)](
+    _page_logits_kernel[(num_blocks(complete, _PAGES_PER_PROGRAM), batch * key_heads)](
         q,
         k,
         means,
@@ -78,7 +78,7 @@ def chosen_pages(
     chosen = torch.empty(batch, key_heads, 1, total, dtype=torch.bool, device=q.device)
     index = torch.empty(chosen.shape, dtype=torch.int32, device=q.device)
     lengths = torch.empty(batch, key_heads, 1, dtype=torch.int32, device=q.device)
-    padded = triton.next_power_of_2(total)
+    padded = power_of_two(total)
     _choose_pages_kernel[(batch * key_heads,)](
         logits,
         chosen.view(torch.uint8),
@@ -114,9 +114,9 @@ def attend_pages(q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, scale: flo
     share, page = heads // key_heads, plan.block_size
     lists = listed_blocks(plan)
     tile = max(_KEYS_PER_TILE, page)
-    wanted = triton.cdiv(_OCCUPANCY * multiprocessors(q.device), batch * key_heads)
+    wanted = num_blocks(_OCCUPANCY * multiprocessors(q.device), batch * key_heads)
     # The number of splits does not depend on the number of pages, which only the device knows.
-    splits = triton.next_power_of_2(max(1, min(_MOST_SPLITS, wanted, m // (4 * tile))))
+    splits = power_of_two(max(1, min(_MOST_SPLITS, wanted, m // (4 * tile))))
     parts = torch.empty(batch * heads, splits, value_width, dtype=torch.float32, device=q.device)
     sums = torch.empty(batch * heads, splits, dtype=torch.float32, device=q.device)
     _attend_pages_kernel[(splits, batch * key_heads)](

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from entreg.sparse._counting import num_blocks, query_offset
 from entreg.sparse._fused_entries import KEYS_PER_PROGRAM, KEYS_PER_TILE, ROWS_PER_TILE
-from entreg.sparse._triton._launch import padded_width, rows_contiguous
+from entreg.sparse._triton._launch import padded_width, power_of_two, rows_contiguous
 from entreg.sparse.config import DecoderSparsity
 from entreg.sparse.plan import BlockLists
 
@@ -69,7 +69,7 @@ def shared_counts(estimated: Tensor, count: int, first: int, least: int, densiti
     """
     batch, heads, rows, columns = estimated.shape
     support = estimated.new_empty(batch, heads, rows)
-    padded = triton.next_power_of_2(columns)
+    padded = power_of_two(columns)
     _support_kernel[(batch * heads * rows,)](
         estimated, support, rows, columns, first, COLUMNS=padded, num_warps=_warps(padded)
     )
@@ -86,7 +86,7 @@ def shared_counts(estimated: Tensor, count: int, first: int, least: int, densiti
         count,
         least,
         len(densities),
-        HEADS=triton.next_power_of_2(heads),
+        HEADS=power_of_two(heads),
         BISECTIONS=_BISECTIONS,
         num_warps=1,
     )
@@ -112,7 +112,7 @@ def kept_blocks(
     index = torch.empty(estimated.shape, dtype=torch.int32, device=estimated.device)
     lengths = torch.empty(estimated.shape[:3], dtype=torch.int32, device=estimated.device)
     chosen = torch.empty(estimated.shape, dtype=torch.bool, device=estimated.device)
-    padded = triton.next_power_of_2(columns)
+    padded = power_of_two(columns)
     uniform = isinstance(counts, int)
     _keep_kernel[(batch * heads * rows,)](
         estimated,
@@ -145,7 +145,7 @@ def _pool_means(x: Tensor, sparsity: DecoderSparsity, offset: int) -> Tensor:
     batch, heads, length, width = x.shape
     pools = num_blocks(length + offset, sparsity.block_size) * (sparsity.block_size // sparsity.pool_size)
     means = x.new_empty(batch, heads, pools, width)
-    _pool_kernel[(triton.cdiv(pools, _POOLS_PER_PROGRAM), batch * heads)](
+    _pool_kernel[(num_blocks(pools, _POOLS_PER_PROGRAM), batch * heads)](
         x,
         means,
         *x.stride()[:3],
@@ -200,7 +200,7 @@ def _masses(
     tile_keys = per_block if per_block >= 64 else KEYS_PER_TILE
     per_program = max(KEYS_PER_PROGRAM, tile_keys)
     tile_rows = ROWS_PER_TILE
-    grid = (triton.cdiv(blocks * parts, tile_rows), triton.cdiv(min(keys.shape[2], num_blocks(m, pool)), per_program))
+    grid = (num_blocks(blocks * parts, tile_rows), num_blocks(min(keys.shape[2], num_blocks(m, pool)), per_program))
     _sum_kernel[(*grid, batch * heads)](
         rows,
         keys,
@@ -229,7 +229,7 @@ def _masses(
         num_stages=2,
     )
     masses = torch.empty(batch, key_heads, blocks, columns, dtype=torch.float32, device=rows.device)
-    padded = triton.next_power_of_2(columns)
+    padded = power_of_two(columns)
     _mass_kernel[(batch * key_heads * blocks,)](
         sums,
         masses,
@@ -251,7 +251,7 @@ def _masses(
 def _compared(sampled: Tensor, pooled: Tensor | None, sparsity: DecoderSparsity, count: int, first: int) -> Tensor:
     """Samples shared with neighbours; with pooled estimates the better of the two for every head and stretch."""
     batch, heads, rows, columns = sampled.shape
-    padded = triton.next_power_of_2(columns)
+    padded = power_of_two(columns)
     estimated = torch.empty_like(sampled)
     hits = sampled.new_empty(batch, heads, rows, 2)
     _neighbour_kernel[(batch * heads * rows,)](
@@ -281,7 +281,7 @@ def _compared(sampled: Tensor, pooled: Tensor | None, sparsity: DecoderSparsity,
             columns,
             sparsity.validation_margin,
             RADIUS=radius,
-            STRETCH=triton.next_power_of_2(2 * radius + 1),
+            STRETCH=power_of_two(2 * radius + 1),
             COLUMNS=padded,
             num_warps=_warps(padded),
         )
