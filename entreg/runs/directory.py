@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, TextIO
 from entreg.atomic import write_text_atomic
 from entreg.errors import BusyError, EntregError, OutputError
 from entreg.records.record import config_hash, to_plain
-from entreg.runs.lock import Attempt, Lock, told
+from entreg.runs.lock import Attempt, Lock, taken_over
 
 DONE, FAILED, LOG, CONFIG = "DONE", "FAILED", "log.txt", "config.json"
 DEFECT = "defect: "
@@ -94,7 +94,7 @@ class RunDirectory:
             write_text_atomic(self.path / CONFIG, json.dumps(to_plain(config, "config"), indent=1) + "\n")
             with logged(self.log, f"attempt {attempt.number}: {command}"):
                 if attempt.dead is not None:
-                    print(f"Taken over from {told(attempt.dead)}, which is no more.", file=sys.stderr)
+                    print(taken_over(attempt.dead), file=sys.stderr)
                 try:
                     yield
                 except BusyError:

@@ -193,8 +193,15 @@ def exclusive(folder: str | os.PathLike[str]) -> Iterator[None]:
     if attempt is None:
         print(f"{folder} is in use by {told(lock.holder())}; waiting.", file=sys.stderr)
         attempt = lock.wait()
+    if attempt.dead is not None:
+        print(taken_over(attempt.dead), file=sys.stderr)
     with attempt:
         yield
+
+
+def taken_over(dead: Mapping[str, Any]) -> str:
+    """The sentence on an attempt whose process is dead."""
+    return f"Taken over from {told(dead)}, which is no more."
 
 
 def told(holder: Mapping[str, Any] | None) -> str:

@@ -212,13 +212,14 @@ def test_file_systems_without_hard_links(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0001.json"]
 
 
-def test_waiting_ends_with_the_holder(tmp_path):
+def test_waiting_ends_with_the_holder(tmp_path, capsys):
     process = holder(tmp_path / "attempts")
     timer = threading.Timer(1.0, process.kill)
     timer.start()
     began = time.monotonic()
     with exclusive(tmp_path):
         assert time.monotonic() - began >= 0.9
+    assert f"Taken over from process {process.pid} on " in capsys.readouterr().err
     process.wait()
     process.stdout.close()
 
