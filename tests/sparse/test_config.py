@@ -116,7 +116,7 @@ def test_mappings_that_are_refused(mapping, sentence):
         (lambda: TokenMerging((1, 2.5)), "or one per layer"),
         (lambda: DecoderSparsity(), "DecoderSparsity needs sparsity, got none"),
         (lambda: DecoderSparsity(1.0), r"number in \[0, 1\), got 1.0"),
-        (lambda: DecoderSparsity(0.5, selection="best"), "selection must be one of validated, pooled, sampled"),
+        (lambda: DecoderSparsity(0.5, selection="best"), "selection must be one of validated, mixture, pooled"),
         (lambda: DecoderSparsity(0.5, block_size=24), "pool_size must divide block_size 24"),
         (lambda: DecoderSparsity(0.5, num_sampled_queries=33), "at most that, got 16 and 33"),
         (lambda: DecoderSparsity(0.5, page_size=None), "page_size must be an integer of at least 1, got None"),

@@ -12,8 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from entreg.errors import InputError
 from entreg.sparse import DecoderSparsity, PageSummaries, decoder_attention, sparse_attention
+from entreg.sparse import _decoder_selection as selection_room
 from entreg.sparse._causal_blocks import keeps_own_blocks
 from entreg.sparse._decoder_selection import (
+    _mixture,
     _validated,
     block_scores,
     counts_by_entropy,
@@ -23,7 +25,7 @@ from entreg.sparse._decoder_selection import (
 from entreg.sparse.planning import block_densities
 from tests.sparse.attention_oracle import attention_by_loops, attention_matrix, random_inputs
 
-SELECTIONS = ["validated", "pooled", "sampled", "oracle", "window"]
+SELECTIONS = ["validated", "mixture", "pooled", "sampled", "oracle", "window"]
 
 
 def small(**values):
@@ -237,7 +239,34 @@ def test_validation_takes_the_estimate_that_predicts_the_samples():
     assert torch.equal(found[:, 0, 7:], neighbours[:, 0, 7:])
 
 
-@pytest.mark.parametrize("selection", ["validated", "pooled", "sampled"])
+def test_the_mixture_is_the_most_likely_one(monkeypatch):
+    monkeypatch.setattr(selection_room, "_FITTING_STEPS", 400)
+    monkeypatch.setattr(selection_room, "_OWN_SAMPLE", 0.0)
+    generator = torch.Generator().manual_seed(0)
+    rows = 10
+    sampled, own, pooled = (torch.rand(1, 1, rows, rows, generator=generator, dtype=torch.float64) for _ in range(3))
+    # Rows from 6 on attend as the first estimate says, three quarters of the time.
+    visible = torch.ones(rows, rows, dtype=torch.bool).tril()
+    free = torch.ones(rows, rows, dtype=torch.bool).tril(-1)
+    free[:, 0] = False
+
+    def distribution(scores):
+        scores = scores * free
+        return scores / scores.sum(-1, keepdim=True).clamp_min(1e-300)
+
+    sampled[:, :, 6:] = (0.75 * distribution(own) + 0.25 * distribution(pooled))[:, :, 6:]
+    found = _mixture(sampled, sampled + own, pooled, 0, visible)
+    for row in range(6, rows):
+        first, second, seen = (distribution(x)[0, 0, row] for x in (own, pooled, sampled * free))
+        grid = torch.linspace(0.0, 1.0, 2001, dtype=torch.float64)[:, None]
+        likelihood = (seen * (grid * first + (1 - grid) * second).clamp_min(1e-12).log()).sum(-1)
+        weight = grid[likelihood.argmax()]
+        expected = weight * distribution(sampled + own)[0, 0, row] + (1 - weight) * second
+        torch.testing.assert_close(found[0, 0, row], expected, atol=2e-3, rtol=0.0)
+        assert abs(float(weight) - 0.75) < 1e-3
+
+
+@pytest.mark.parametrize("selection", ["validated", "mixture", "pooled", "sampled"])
 @pytest.mark.parametrize(("n", "m"), [(96, 96), (50, 97)])
 def test_entries_of_the_selection_are_those_that_are_computed(selection, n, m):
     """A score entry is one product of width d: two floating-point operations per element."""
