@@ -146,7 +146,7 @@ def _run_once(run: Run, records: RecordStore, command: str, force: bool, wait: b
         nonlocal attempt
         record = None if force else records.find(run.experiment, run.config)
         if record is None:
-            attempt = directory.lock.wait() if wait else directory.lock.acquire()
+            attempt = directory.lock.wait(f"{run.experiment} {run.label}") if wait else directory.lock.acquire()
         if attempt is not None and not force:
             # Whoever had the lock until now may have finished the run.
             record = records.find(run.experiment, run.config)

@@ -130,17 +130,23 @@ class Lock:
             write_text_atomic(newest, json.dumps({**dead, "outcome": "died"}) + "\n")
         return Attempt(path, content, dead, self.beat)
 
-    def wait(self, poll: float = 1.0) -> Attempt:
-        """Take the lock as soon as it is free.
+    def wait(self, what: str, poll: float = 1.0) -> Attempt:
+        """Take the lock as soon as it is free; if it is not, say so.
 
         Args:
+            what: the piece of work, for people.
             poll: seconds between two looks.
+
+        Raises:
+            OutputError: the folder cannot be written.
         """
-        while True:
-            attempt = self.acquire()
-            if attempt is not None:
-                return attempt
+        attempt = self.acquire()
+        if attempt is None:
+            print(f"{what} is in the hands of {told(self.holder())}; waiting.", file=sys.stderr)
+        while attempt is None:
             time.sleep(poll)
+            attempt = self.acquire()
+        return attempt
 
     def holder(self) -> dict[str, Any] | None:
         """The attempt that is going on: ``host``, ``pid``, ``utc`` and so on; None when it has ended or looks dead."""
@@ -188,11 +194,7 @@ def exclusive(folder: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
         OutputError: the folder cannot be written.
     """
-    lock = Lock(Path(folder) / "attempts")
-    attempt = lock.acquire()
-    if attempt is None:
-        print(f"{folder} is in use by {told(lock.holder())}; waiting.", file=sys.stderr)
-        attempt = lock.wait()
+    attempt = Lock(Path(folder) / "attempts").wait(str(folder))
     if attempt.dead is not None:
         print(taken_over(attempt.dead), file=sys.stderr)
     with attempt:

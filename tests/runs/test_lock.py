@@ -229,7 +229,7 @@ def test_exclusive_says_whom_it_waits_for(tmp_path, capsys):
     threading.Timer(0.3, attempt.end, ["done"]).start()
     with exclusive(tmp_path):
         pass
-    assert f"{tmp_path} is in use by process {os.getpid()} on " in capsys.readouterr().err
+    assert f"{tmp_path} is in the hands of process {os.getpid()} on " in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):

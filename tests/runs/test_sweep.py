@@ -181,3 +181,16 @@ def test_slurm_gets_an_array_with_the_resources_of_the_configuration(project):
     for option in ("array=0-2%2", "partition=gpu", "gpus-per-node=1", "cpus-per-task=12", "mem=64GB", "time=720"):
         assert f"#SBATCH --{option}\n" in submitted
     assert set(project.folder.glob("runs/sweeps/*/submitit/*"))
+
+
+def test_a_run_that_another_process_is_at_is_waited_for(project):
+    config = {"seconds": 0.0, "refused": [], "defects": [], "number": 3}
+    attempt = RunDirectory.of(project.folder / "runs", "tests/sweep", config).lock.acquire()
+    process = project.start("number=3")
+    said = process.stderr.readline()
+    assert said.startswith(f"tests/sweep number 3 is in the hands of process {os.getpid()} on ")
+    assert project.traces("begin") == []
+    attempt.end("failed")
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert project.traces("end") == [3]
