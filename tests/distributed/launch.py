@@ -9,17 +9,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-# accelerate's command imports timm, which on some machines needs entreg.compat; this module of it does not.
-ACCELERATE = (
-    "-m",
-    "accelerate.commands.launch",
-    "--multi_gpu",
-    "--num_machines=1",
-    "--num_processes=2",
-    "--main_process_port=0",
-    "--mixed_precision=no",
-    "--dynamo_backend=no",
-)
+
+
+def accelerate(configuration):
+    """The launcher for two processes with one of ``configs/accelerate``."""
+    # accelerate's command imports timm, which on some machines needs entreg.compat; this module of it does not.
+    file = ROOT / "configs" / "accelerate" / f"{configuration}.yaml"
+    options = (f"--config_file={file}", "--num_processes=2", "--main_process_port=0")
+    return ("-m", "accelerate.commands.launch", *options)
 
 
 def launch(*arguments, launcher=TORCHRUN, **environment):

@@ -13,7 +13,7 @@ from entreg.training.checkpoints import latest_checkpoint, read_checkpoint
 from entreg.training.loop import TrainingSettings
 from entreg.training.sharding import check_sharding, sharding_wanted
 from tests.distributed import training
-from tests.distributed.launch import ACCELERATE, launch, sentences
+from tests.distributed.launch import accelerate, launch, sentences
 from tests.evaluation.test_language_evaluation import TINY
 
 SHARDED = {"ACCELERATE_USE_FSDP": "true"}
@@ -57,7 +57,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.slow
 def test_accelerate_gives_the_losses_of_one_process(tmp_path, alone):
-    done = start(tmp_path, launcher=ACCELERATE)
+    done = start(tmp_path, launcher=accelerate("multi_gpu"))
     assert done.returncode == 0, done.stderr
     assert_same_training(tmp_path, alone)
     assert done.stderr.count("6/6") == 1
@@ -86,7 +86,7 @@ def test_sharded_processes_go_on_from_the_checkpoint_of_one(tmp_path):
     training.run(tmp_path / "alone", settings)
     shutil.copytree(tmp_path / "alone", tmp_path / "sharded")
     shutil.rmtree(tmp_path / "sharded" / "checkpoints" / "step-00000006")
-    done = start(tmp_path / "sharded", settings=settings, environment=SHARDED)
+    done = start(tmp_path / "sharded", settings=settings, launcher=accelerate("fsdp"))
     assert done.returncode == 0, done.stderr
     assert "4/6" in done.stderr
     assert "sharded: True" in done.stdout

@@ -41,7 +41,7 @@ def run(directory, settings=None, kill=None, **options):
         return objective(model, batch, step)
 
     data = TokenWindows(windows(21, 16))
-    chosen = TrainingSettings(checkpoint_every=2, **{**SETTINGS, **(settings or {})})
+    chosen = TrainingSettings(**{**SETTINGS, **(settings or {})})
     return train(model, lethal, data, chosen, directory, device="cpu", **options)
 
 
