@@ -21,6 +21,7 @@ from entreg.adapters.handles import DecoderSparsifyHandle
 from entreg.evaluation.language_steps import (
     FREE,
     GROUPED,
+    LOOPS,
     PRODUCTS,
     Choosing,
     DecoderSizes,
@@ -34,8 +35,9 @@ from entreg.sparse import recorded_kernels, sparsity_from_mapping
 
 DENSE = "dense"
 FREE_METHOD = "attention for free"
-UNFUSED = "dense_grouped_products"
-"""The dense way to decode that goes through no fused kernel."""
+_PRODUCTS, _LOOPS = "dense_grouped_products", "dense_own_loops"
+UNFUSED = (_PRODUCTS, _LOOPS)
+"""The dense ways to decode that go through no fused kernel of PyTorch."""
 
 # Calls whose tokens differ from each other.
 _TOKEN_SETS = 4
@@ -44,7 +46,8 @@ DENSE_DECODING = {
     "dense_static_cache": ("sdpa", "static"),
     "dense_growing_cache": ("sdpa", "growing"),
     "dense_grouped_heads": (GROUPED, "growing"),
-    UNFUSED: (PRODUCTS, "static"),
+    _PRODUCTS: (PRODUCTS, "static"),
+    _LOOPS: (LOOPS, "growing"),
 }
 """Dense decoding: attention implementation and cache by the name of the row that is not the fastest."""
 
@@ -145,6 +148,8 @@ def dense_variants(
         sizes = DecoderSizes.of(model)
         for method, (attention, cache) in DENSE_DECODING.items():
             if attention == GROUPED and sizes.heads == sizes.key_heads:
+                continue
+            if attention == LOOPS and (config["device"] != "cpu" or config["dtype"] == "float16"):
                 continue
             needed = sizes.weight_bytes + 2.2 * sizes.cache_bytes(cell.batch * cell.context)
             if cache == "dynamic" and needed > device_memory(next(model.parameters()).device):

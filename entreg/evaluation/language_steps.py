@@ -13,6 +13,7 @@ from entreg.adapters import probe
 from entreg.adapters.growing_cache import GrowingLayer
 from entreg.compat import ensure_torchvision
 from entreg.sparse import DecoderSparsity, PageSummaries, decoder_plan
+from entreg.sparse._pages_cpu import attend_chosen_pages
 
 ensure_torchvision()
 
@@ -36,6 +37,11 @@ PRODUCTS = "entreg_products"
 Few rows of queries give a fused kernel nothing to fuse: with keys in one piece, as in a static cache, two products took
 half of its time on a CPU in bfloat16.
 """
+
+LOOPS = "entreg_loops"
+"""The same in the compiled loops in which the sparse path decodes on a CPU, over all pages: sparsity's own part."""
+
+_PAGE = 16
 
 CACHES = ("dynamic", "static", "growing")
 """Kinds of caches: transformers' own two, and :class:`entreg.adapters.growing_cache.GrowingCache`."""
@@ -90,7 +96,31 @@ def product_attention(
     return torch.bmm(weights.flatten(0, 1), value.flatten(0, 1)).reshape(batch, 1, heads, -1), None
 
 
-for _name, _function in ((FREE, free_attention), (GROUPED, grouped_attention), (PRODUCTS, product_attention)):
+def loop_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Stock SDPA, of one query without a mask by the loops of :mod:`entreg.sparse`'s pages."""
+    batch, _, n, width = query.shape
+    if n > 1 or attention_mask is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    pages = torch.ones(batch, 1, 1, -(-key.shape[2] // _PAGE), dtype=torch.bool)
+    scale = width**-0.5 if scaling is None else scaling
+    out = attend_chosen_pages(query, key, value, pages, _PAGE, scale)
+    return out.transpose(1, 2), None
+
+
+for _name, _function in (
+    (FREE, free_attention),
+    (GROUPED, grouped_attention),
+    (PRODUCTS, product_attention),
+    (LOOPS, loop_attention),
+):
     AttentionInterface.register(_name, _function)
     AttentionMaskInterface.register(_name, sdpa_mask)
 
