@@ -9,7 +9,7 @@ from typing import Any
 from entreg.atomic import write_bytes_atomic, write_text_atomic
 from entreg.errors import InputError, OutputError
 from entreg.records import figures, registry, report, tables
-from entreg.records.claims import claims_table, judge_all, load_claims, readme_table
+from entreg.records.claims import claims_table, judge_all, load_claims, paper_table, readme_table
 from entreg.records.store import RecordStore
 
 README_BEGIN = "<!-- claims:begin -->"
@@ -68,10 +68,11 @@ def build_all(
     out = Path(out_dir)
 
     texts = {}
-    for table in (*built, claims_table(claims, verdicts)):
-        table = table.with_notes(tables.provenance(usable, table.record_ids))
-        texts[out / "tables" / f"{table.name}.md"] = table.to_markdown()
-        texts[out / "tables" / f"{table.name}.tex"] = table.to_latex()
+    pairs = [*((table, table) for table in built), (claims_table(claims, verdicts), paper_table(claims, verdicts))]
+    for whole, for_papers in pairs:
+        footer = tables.provenance(usable, whole.record_ids)
+        texts[out / "tables" / f"{whole.name}.md"] = whole.with_notes(footer).to_markdown()
+        texts[out / "tables" / f"{whole.name}.tex"] = for_papers.with_notes(footer).to_latex()
     if readme is not None:
         texts[Path(readme)] = _readme_text(Path(readme), readme_table(claims, verdicts).body_markdown())
 

@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -250,6 +250,15 @@ def claims_table(claims: Sequence[Claim], verdicts: Sequence[Mapping[str, Verdic
     return Table(
         "claims", "The paper's claims and our verdicts", columns, rows, notes, "l" * len(columns), record_ids=used
     )
+
+
+def paper_table(claims: Sequence[Claim], verdicts: Sequence[Mapping[str, Verdict]]) -> Table:
+    """The claims as LaTeX for papers: what fits on a page, without reasons and commands."""
+    whole = claims_table(claims, verdicts)
+    shown = ("claim", "paper", "here, offline", "verdict, offline", "here, paper's scale", "verdict, paper's scale")
+    places = [whole.columns.index(name) for name in shown]
+    rows = [[row[place] for place in places] for row in whole.rows]
+    return replace(whole, columns=shown, rows=rows, align="l" * len(shown))
 
 
 def readme_table(claims: Sequence[Claim], verdicts: Sequence[Mapping[str, Verdict]]) -> Table:

@@ -53,6 +53,11 @@ def register_table(name: str, experiments: Sequence[str] = ("",)) -> Callable[[T
 
 
 _MOST_LISTED = 30
+_LATEX_NEEDS = r"% needs \usepackage{booktabs,graphicx,longtable,lscape}"
+# In characters: where words wrap, and from where on a table is scaled by so much that more rows fit on a page.
+_LATEX_LINE = 36
+_LATEX_WIDE = 110
+_LATEX_ROWS = {False: 30, True: 60}
 
 
 class TracedRow(list[Cell]):
@@ -131,24 +136,43 @@ class Table:
         return text + (notes + "\n" if notes else "")
 
     def to_latex(self) -> str:
-        """A LaTeX ``table`` environment in booktabs style, notes below, all text escaped."""
-        lines = [
-            f"% {GENERATED}",
-            r"\begin{table}[t]",
-            r"\centering",
-            rf"\caption{{{latex(self.title)}}}",
-            rf"\label{{tab:{self.name}}}",
-            rf"\begin{{tabular}}{{{self.alignment}}}",
-            r"\toprule",
-            _latex_row(self.columns),
-            r"\midrule",
-            *(_latex_row(row) for row in self.text_rows()),
-            r"\bottomrule",
-            r"\end{tabular}",
-            *(rf"\par\footnotesize {latex(note)}" for note in self.notes),
-            r"\end{table}",
-        ]
-        return "\n".join(lines) + "\n"
+        """A LaTeX table in booktabs style, notes below, all text escaped.
+
+        Tables wider than the text are scaled down to it; long ones break over pages, turned where they are wide as
+        well. Columns of long words wrap.
+        """
+        cells = [list(self.columns), *self.text_rows()]
+        widths = [max(len(row[index]) for row in cells) for index in range(len(self.columns))]
+        wraps = [a == "l" and width > _LATEX_LINE for a, width in zip(self.alignment, widths, strict=True)]
+        letters = "".join(
+            f"p{{{_LATEX_LINE / 2:g}em}}" if wrap else letter
+            for letter, wrap in zip(self.alignment, wraps, strict=True)
+        )
+        is_wide = sum(_LATEX_LINE if wrap else width for width, wrap in zip(widths, wraps, strict=True)) > _LATEX_WIDE
+        notes = [rf"\par\raggedright\footnotesize {latex(note)}" for note in self.notes]
+        title = [rf"\caption{{{latex(self.title)}}}", rf"\label{{tab:{self.name}}}"]
+        top = [r"\toprule", _latex_row(self.columns), r"\midrule"]
+        body = [_latex_row(row) for row in self.text_rows()]
+        if len(body) > _LATEX_ROWS[is_wide]:
+            # A float cannot break over pages, and what breaks cannot be scaled: small letters instead.
+            size, turn = (
+                (r"\tiny\setlength{\tabcolsep}{2pt}", "landscape") if is_wide else (r"\footnotesize", "flushleft")
+            )
+            lines = [
+                rf"\begin{{{turn}}}{size}",
+                rf"\begin{{longtable}}{{{letters}}}",
+                *(title[0], title[1] + r" \\"),
+                *(*top, r"\endfirsthead", *top, r"\endhead", r"\bottomrule", r"\endlastfoot"),
+                *(*body, r"\end{longtable}", *notes, rf"\end{{{turn}}}"),
+            ]
+        else:
+            lines = [
+                *(r"\begin{table}[t]", r"\centering", *title),
+                r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{",
+                *(rf"\begin{{tabular}}{{{letters}}}", *top, *body, r"\bottomrule", r"\end{tabular}}"),
+                *(*notes, r"\end{table}"),
+            ]
+        return "\n".join([f"% {GENERATED}", _LATEX_NEEDS, *lines]) + "\n"
 
     def to_text(self) -> str:
         """The table in aligned plain text, for a terminal."""

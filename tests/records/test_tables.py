@@ -1,4 +1,6 @@
 import re
+import shutil
+import subprocess
 
 import pytest
 
@@ -37,7 +39,7 @@ def test_latex():
     assert r"\begin{tabular}{lrr}" in text
     assert r"square\textbar{}1 & 0.00123 & 4.00 [3.00, 5.00] \\" in text
     assert r"\texttt{disk} & -- & not run \\" in text
-    assert r"\par\footnotesize Median of 7 rounds, 95 \%." in text
+    assert r"\par\raggedright\footnotesize Median of 7 rounds, 95 \%." in text
     assert text.index(r"\toprule") < text.index(r"\midrule") < text.index(r"\bottomrule")
     # Outside comments no special character stands unescaped.
     body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
@@ -87,3 +89,37 @@ def test_provenance_names_records_device_and_commit():
     assert provenance([first], []) == []
     with pytest.raises(InputError, match="not among the records"):
         provenance([first], [second["id"]])
+
+
+LONG = Table("long", "Long", ["points", "n"], [[f"row {place}", place] for place in range(90)], ["A note."])
+WIDE = Table("wide", "Wide", ["name"] * 9, [["word " * 20] * 9] * 3, align="l" * 9)
+LONG_AND_WIDE = Table("both", "Both", ["name"] * 9, [["word " * 6] * 9] * 90, align="l" * 9)
+
+
+def test_latex_of_long_and_wide_tables():
+    assert r"\begin{longtable}{lr}" in LONG.to_latex()
+    assert r"\resizebox" in WIDE.to_latex()
+    assert r"\begin{tabular}{" + "p{18em}" * 9 + "}" in WIDE.to_latex()
+    assert r"\begin{landscape}" in LONG_AND_WIDE.to_latex()
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex here")
+@pytest.mark.parametrize("table", [TABLE, LONG, WIDE, LONG_AND_WIDE], ids=lambda table: table.name)
+def test_latex_compiles_and_fits_the_page(table, tmp_path):
+    text = table.to_latex()
+    packages = re.search(r"\\usepackage\{.*\}", text).group()
+    (tmp_path / "paper.tex").write_text(
+        f"\\documentclass{{article}}\n{packages}\n\\begin{{document}}\n{text}\\end{{document}}\n"
+    )
+    for _ in range(2):  # longtable learns its columns' widths in the first run
+        result = subprocess.run(
+            ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert result.returncode == 0, result.stdout[-2000:]
+    assert "Float too large" not in result.stdout
+    if table is not LONG_AND_WIDE:
+        assert "Overfull" not in result.stdout
