@@ -14,6 +14,7 @@ from entreg.cli import command_line, hydra_main
 from entreg.evaluation.geometry_experiment import experiment_configs, plan_runs
 from entreg.evaluation.geometry_report import report
 from entreg.evaluation.studies import run_all
+from entreg.runs.multirun import is_multirun
 from entreg.runs.objective import Objective
 
 
@@ -22,7 +23,9 @@ def main(config: DictConfig) -> float | None:
     objective = Objective.from_mapping(config.objective)
     runs = [run for one in experiment_configs(config, HydraConfig.get().overrides.task) for run in plan_runs(one)]
     records = run_all(runs, store=config.store, command=command_line(), force=config.force)
-    print(report(records, config.store))
+    if not is_multirun():
+        # The tables of one job of many say little and take long; see scripts/status.py and scripts/tables.py.
+        print(report(records, config.store))
     return objective.of(records)
 
 

@@ -14,6 +14,7 @@ from entreg.cli import command_line, hydra_main
 from entreg.evaluation.language_experiment import CHECKED, plan_run
 from entreg.evaluation.language_report import report
 from entreg.evaluation.studies import run_all, study_configs
+from entreg.runs.multirun import is_multirun
 from entreg.runs.objective import Objective
 
 
@@ -22,7 +23,9 @@ def main(config: DictConfig) -> float | None:
     objective = Objective.from_mapping(config.objective)
     runs = [plan_run(one) for one in study_configs(config, HydraConfig.get().overrides.task, "language")]
     records = run_all(runs, store=config.store, command=command_line(), force=config.force)
-    print(report(records, config.store))
+    if not is_multirun():
+        # The tables of one job of many say little and take long; see scripts/status.py and scripts/tables.py.
+        print(report(records, config.store))
     return objective.of(records)
 
 

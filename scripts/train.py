@@ -13,6 +13,7 @@ from entreg.cli import command_line, hydra_main
 from entreg.evaluation.studies import run_all
 from entreg.evaluation.vision_experiment import CHECKED, plan_run
 from entreg.evaluation.vision_report import report
+from entreg.runs.multirun import is_multirun
 from entreg.runs.objective import Objective
 
 
@@ -21,7 +22,9 @@ def main(config: DictConfig) -> float | None:
     objective = Objective.from_mapping(config.objective)
     run = plan_run(OmegaConf.to_container(config, resolve=True))
     records = run_all([run], store=config.store, command=command_line(), force=config.force)
-    print(report(records, config.store))
+    if not is_multirun():
+        # The tables of one job of many say little and take long; see scripts/status.py and scripts/tables.py.
+        print(report(records, config.store))
     return objective.of(records)
 
 

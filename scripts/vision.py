@@ -13,6 +13,7 @@ from entreg.cli import command_line, hydra_main
 from entreg.evaluation.studies import run_all, study_configs
 from entreg.evaluation.vision_experiment import CHECKED, plan_run
 from entreg.evaluation.vision_report import report
+from entreg.runs.multirun import is_multirun
 from entreg.runs.objective import Objective
 
 
@@ -21,7 +22,9 @@ def main(config: DictConfig) -> float | None:
     objective = Objective.from_mapping(config.objective)
     runs = [plan_run(one) for one in study_configs(config, HydraConfig.get().overrides.task)]
     records = run_all(runs, store=config.store, command=command_line(), force=config.force)
-    print(report(records, config.store))
+    if not is_multirun():
+        # The tables of one job of many say little and take long; see scripts/status.py and scripts/tables.py.
+        print(report(records, config.store))
     return objective.of(records)
 
 

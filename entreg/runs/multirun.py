@@ -28,7 +28,7 @@ from entreg.runs.sweep import Job, Sweep
 _BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 _NOT_IDENTITY = (
     *("-m", "--multirun", "launcher=", "hydra/launcher=", "hydra.launcher.", "hydra.verbose=", "hydra.callbacks."),
-    *("hydra.sweeper.n_trials=", "force="),
+    *("hydra.sweeper.n_trials=", "force=", "tracker=", "tracker."),
 )
 """Beginnings of arguments that change how a sweep is run, but not which runs it has."""
 

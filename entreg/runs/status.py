@@ -143,7 +143,7 @@ def conclude(sweep: Sweep, stopped: Exception | None = None) -> int:
     sweep.end()
     runs = sweep.runs()
     if stopped is None and all(run.state == "done" for run in runs):
-        print(f"Sweep: {counted(runs)}. Table: python scripts/status.py {sweep.directory}")
+        print(f"Sweep: {counted(runs)}. Their table: python scripts/status.py {sweep.directory}")
         return 0
     for line in failures(runs):
         print(line, file=sys.stderr)
