@@ -20,7 +20,7 @@ import wandb
 from entreg.atomic import require_writable
 from entreg.errors import first_line
 from entreg.records.environment import git_state
-from entreg.tracking.offline_runs import log_records, run_parts
+from entreg.tracking.offline_runs import is_empty, log_records, run_parts
 from entreg.tracking.settings import TrackerSettings
 from entreg.tracking.tracker import Row, say
 
@@ -58,9 +58,9 @@ class WandbTracker:
         os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb" / "staging"))
         os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb" / "cache"))
         starts_afresh = rows is not None and not rows
-        if starts_afresh:
-            # What an earlier attempt left, as its checkpoints and rows are removed.
-            for part in run_parts(folder, run_id):
+        for part in run_parts(folder, run_id):
+            # What an earlier attempt left goes, as its checkpoints and rows do.
+            if starts_afresh or is_empty(part):
                 shutil.rmtree(part)
         last = last_tracked_step(folder, run_id)
         options = {

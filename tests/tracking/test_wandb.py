@@ -76,8 +76,11 @@ def test_a_failed_run_is_marked_and_goes_on_without_writing_a_step_twice(tmp_pat
 def test_what_a_killed_run_had_not_written_is_written_when_it_goes_on(tmp_path, wanted):
     killed = in_process(tmp_path, OFFLINE, kill_at=8)
     assert killed.returncode == -signal.SIGKILL
-    assert len(wandb_files.history(tmp_path / "outputs")) < 8
+    # wandb writes every few seconds; a slow machine may have got that far.
+    written = len(wandb_files.history(tmp_path / "outputs"))
+    assert written <= 8
     tracked_training(tmp_path, OFFLINE)
+    assert len(wandb_files.parts(tmp_path / "outputs", RUN)) == (2 if written else 1)
     assert tracked_rows(tmp_path) == wanted
 
 
