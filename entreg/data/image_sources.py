@@ -96,6 +96,8 @@ def decode(opened: Callable[[], Image.Image], what: str) -> Image.Image:
     try:
         with opened() as image:
             return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise AssetError(f"{what} is not there any more; put it back and run the same command again") from error
     except UnidentifiedImageError as error:
         raise AssetError(f"{what} is not an image; fetch it again") from error
     except (OSError, SyntaxError, ValueError, TypeError) as error:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from entreg import distributed
 from entreg.errors import ConfigError, InputError
+from entreg.training.batches import loading_errors
 from entreg.training.vision import answer_logits
 
 PRECISIONS = ("float32", "bfloat16")
@@ -214,7 +215,7 @@ def evaluate(
     batches = [range(turn * batch_size, min((turn + 1) * batch_size, len(dataset))) for turn in turns]
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers)
     parts = []
-    with evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad(), loading_errors():
         for turn, batch in zip(turns, loader, strict=True):
             if generator is not None:
                 generator.manual_seed(turn)

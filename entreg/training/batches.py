@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from entreg.compat import ensure_torchvision
-from entreg.errors import ConfigError, InputError
+from entreg.errors import AssetError, ConfigError, EntregError, InputError
 
 # Streams of random numbers under one seed.
 _ORDER, _ITEM, _MIXING, _FORWARD = range(4)
@@ -224,6 +224,33 @@ def batch_loader(dataset: PositionedDataset, positions: Positions, *, num_worker
         # Without it, the loader would draw its workers' seed from the caller's random state.
         generator=torch.Generator(),
     )
+
+
+@contextlib.contextmanager
+def loading_errors() -> Iterator[None]:
+    """One sentence for what goes wrong in the processes of a loader; to be put around whatever its batches are used by.
+
+    Around the use, too: the death of such a process interrupts this one wherever it is.
+
+    Raises:
+        AssetError: such a process was killed.
+        EntregError: of the class and with the sentence that the data set raised in such a process.
+    """
+    try:
+        yield
+    except EntregError as error:
+        # From another process torch gives on the whole traceback as text, the sentence at its end.
+        kind = type(error)
+        sentence = str(error).strip().rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2]
+        if sentence == str(error):
+            raise
+        raise kind(sentence) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise AssetError(
+            "a process that loads data was killed, most likely for want of memory; lower num_workers or batch_size"
+        ) from error
 
 
 class Mixing:

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
+from entreg.adapters.timm_path import SparseBlocks
 from entreg.atomic import require_writable
 from entreg.distributed import is_first
-from entreg.errors import ConfigError, InputError, TrainingError
+from entreg.errors import AssetError, ConfigError, InputError, TrainingError
 from entreg.runs.lock import exclusive
 from entreg.training.batches import (
     Mixing,
@@ -32,6 +33,7 @@ from entreg.training.batches import (
     Positions,
     batch_loader,
     kept_random_state,
+    loading_errors,
     seed_forward,
 )
 from entreg.training.checkpoints import (
@@ -142,6 +144,7 @@ def train(
             directory is of another configuration; the sentence says what differs.
         TrainingError: the loss or its gradient is not finite, or the objective refused its input; the last good
             checkpoint is kept.
+        AssetError: data cannot be read any more; the last checkpoint is kept.
         OutputError: the directory cannot be written.
     """
     if resume not in ("auto", None):
@@ -269,20 +272,25 @@ class _Run:
             # One process draws it for all.
             disable=not accelerator.is_main_process,
         ) as bar:
-            for step in range(state.done, settings.steps):
-                try:
-                    self._step(model, batches, step)
-                except TrainingError as error:
-                    kept = f"the last good checkpoint is {self.last_good}" if self.last_good else "no checkpoint yet"
-                    raise TrainingError(f"Training stopped: {error}; {kept}.") from error
-                self._report(bar)
-                if self.watch is not None and self.watch.every is not None and self._due(self.watch.every, state.done):
-                    with self._judged() as judged:
-                        self.watch(judged, state.done)
-                state.seconds = time.perf_counter() - self.began
-                if self._due(settings.checkpoint_every, state.done):
-                    self._save()
-                bar.update()
+            try:
+                with loading_errors():
+                    self._take_steps(model, batches, bar)
+            except (TrainingError, AssetError) as error:
+                kept = f"the last good checkpoint is {self.last_good}" if self.last_good else "no checkpoint yet"
+                raise type(error)(f"Training stopped: {str(error).rstrip('.')}; {kept}.") from error
+
+    def _take_steps(self, model: nn.Module, batches: Iterator[Mapping[str, Any]], bar: tqdm) -> None:
+        state, settings = self.state, self.settings
+        for step in range(state.done, settings.steps):
+            self._step(model, batches, step)
+            self._report(bar)
+            if self.watch is not None and self.watch.every is not None and self._due(self.watch.every, state.done):
+                with self._judged() as judged:
+                    self.watch(judged, state.done)
+            state.seconds = time.perf_counter() - self.began
+            if self._due(settings.checkpoint_every, state.done):
+                self._save()
+            bar.update()
 
     def _step(self, model: nn.Module, batches: Iterator[Mapping[str, Any]], step: int) -> None:
         state, settings = self.state, self.settings
@@ -394,10 +402,17 @@ class _Run:
 
 @contextlib.contextmanager
 def _gradient_checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing of timm's models or of transformers', switched off again if it was off before."""
+    """Gradient checkpointing of timm's models, of the sparse path in them or of transformers', and off again after."""
     flags = ("grad_checkpointing", "gradient_checkpointing")
     if not wanted or any(getattr(module, flag, False) for module in model.modules() for flag in flags):
         yield
+    elif isinstance(path := getattr(model, "blocks", None), SparseBlocks):
+        # timm's own switch would run the blocks past the path.
+        path.set_checkpointing(True)
+        try:
+            yield
+        finally:
+            path.set_checkpointing(False)
     elif hasattr(model, "set_grad_checkpointing"):
         model.set_grad_checkpointing(True)
         try:

@@ -100,7 +100,7 @@ def test_truncated_image_is_named(folders, damage):
         source.image(3)
     source.image(2)
     path.unlink()
-    with pytest.raises(AssetError, match=rf"{path} cannot be read"):
+    with pytest.raises(AssetError, match=rf"{path} is not there any more"):
         source.image(3)
 
 
