@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from entreg.adapters.budgets import Budgets, resolve_budgets
 from entreg.adapters.handles import Selection, VisionSparsifyHandle
 from entreg.adapters.timm_blocks import BlockGuard, BlockInParts, SparseAttention, attention_dtype, projected
+from entreg.errors import ConfigError
 from entreg.sparse import (
     BlockSparsity,
     ColumnSparsity,
@@ -84,6 +86,9 @@ class SparseBlocks(nn.Sequential):
         num_prefix: tokens that always stay.
         handle: told what was chosen.
         generator: of sampled queries and random scores.
+
+    Attributes:
+        checkpointing: whether the blocks are computed again in the backward pass, see :meth:`set_checkpointing`.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class SparseBlocks(nn.Sequential):
         self.reductions = [plan for plan in plans if isinstance(plan, TokenSparsity)]
         self.merging = next((plan for plan in plans if isinstance(plan, TokenMerging)), None)
         self.num_prefix, self.generator, self.handle = num_prefix, generator, handle
+        self.checkpointing = False
         self._budgets: dict[int, Budgets] = {}
         read = {plan.before_layer - 1 for plan in self.reductions if plan.score_source == "previous"}
         in_parts = range(len(self)) if self.merging is not None else sorted(read)
@@ -127,6 +133,20 @@ class SparseBlocks(nn.Sequential):
                 self.plans, num_tokens=num_tokens, num_prefix=self.num_prefix, depth=len(self)
             )
         return self._budgets[num_tokens]
+
+    def set_checkpointing(self, wanted: bool) -> None:
+        """Compute the blocks again in the backward pass of training, instead of keeping what they computed.
+
+        What is chosen between the blocks is kept. A block that is looked into (the one before a reduction by the
+        attention before it) is kept as well.
+
+        Raises:
+            ConfigError: the path merges tokens inside all blocks, or draws from a generator, so that the second time
+                would choose otherwise.
+        """
+        if wanted and (self.merging is not None or self.generator is not None):
+            raise ConfigError("gradient checkpointing is not possible with token merging, nor with a generator")
+        self.checkpointing = wanted
 
     def __getitem__(self, index: int | slice) -> nn.Module:
         """A block; or some, in a plain container: they are not the path any more."""
@@ -177,17 +197,24 @@ class SparseBlocks(nn.Sequential):
         bias = state.key_bias()
         if bias is not None:
             bias = bias.to(attention_dtype(x))
+        mask = None if bias is None else bias[:, None, None]
+        if layer not in self._in_parts:
+            if self.checkpointing and self.training and torch.is_grad_enabled():
+                return checkpoint(self._whole_block, x, layer, mask, use_reentrant=False)
+            return self._whole_block(x, layer, mask)
         if layer == 0:
             self._guard.admit()
-        if layer not in self._in_parts:
-            block = self[layer]
-            return block(x) if bias is None else block(x, attn_mask=bias[:, None, None])
 
         def between(x: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
             state.queries, state.keys = queries, keys
             return x if self.merging is None else self._merge(x, layer, self.merging, state)
 
         return self._in_parts[layer](x, bias, between)
+
+    def _whole_block(self, x: Tensor, layer: int, mask: Tensor | None) -> Tensor:
+        if layer == 0:
+            self._guard.admit()
+        return self[layer](x) if mask is None else self[layer](x, attn_mask=mask)
 
     def _merge(self, x: Tensor, layer: int, plan: TokenMerging, state: _State) -> Tensor:
         r = plan.r if isinstance(plan.r, int) else plan.r[layer]

@@ -41,7 +41,8 @@ def sparsify(
     """Put the sparse path into a model.
 
     A second call replaces what the first one put in. Where timm runs the blocks one by one (its own switch for gradient
-    checkpointing, attention masks, ``forward_intermediates``), the pass raises an InputError: it would be dense.
+    checkpointing, attention masks, ``forward_intermediates``), the pass raises an InputError: it would be dense; the
+    path has a switch of its own, ``model.blocks.set_checkpointing``, which the training loop uses.
 
     Args:
         model: stock timm ViT, see the module.
