@@ -197,7 +197,7 @@ def test_records_become_tables_by_what_was_measured():
         {"plan": "dense", "sparsity": 0.0, "top1": 0.9},
         {"plan": "tokens", "sparsity": 0.8, "top1": 0.7},
         {"plan": "robustness", "error": 0.1},
-        {"task": "copy", "plan": "dense", "sparsity": 0.0, "loss": 1.0},
+        {"task": "copy", "plan": "dense", "realised_sparsity": 0.0, "loss": 1.0},
         {"method": "qhull", "seconds": 1.0},
     ]
     metrics = {"training_seconds": 3.0, "overlays": {"image": []}, "mce_dense": None, "complete": True}
