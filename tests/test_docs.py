@@ -46,7 +46,7 @@ def blocks(text, language):
 
 
 def commands(text):
-    lines = [line.partition("   #")[0] for block in blocks(text, "bash") for line in block.splitlines()]
+    lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -114,28 +114,18 @@ def test_formulas_are_closed():
 # ---- what is typed works
 
 
-def typed(command):
-    """The commands of the scripts that a line stands for: its own, or what make would run."""
-    words = shlex.split(command)
-    if words[0] == "make":
-        done = subprocess.run(
-            ["make", "--no-print-directory", "-n", "-o", ".venv/.installed", *words[1:]],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        lines = [line for line in done.stdout.splitlines() if re.search(r"python scripts/", line)]
-        return [shlex.split(line) for line in lines]
-    return [words]
-
-
-def scripts_of(text):
-    """Script and arguments of every command that runs one."""
+def scripts_of(command):
+    """Script and arguments of every script that a line runs, by itself or through make."""
+    if command.startswith("make "):
+        words = shlex.split(command, comments=True)[1:]
+        make = ["make", "--no-print-directory", "-n", "-o", ".venv/.installed", *words]
+        lines = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    else:
+        lines = [command]
     found = []
-    for words in (words for command in commands(text) for words in typed(command)):
-        start = next(place for place, word in enumerate(words) if word.startswith("scripts/"))
-        found.append((words[start], words[start + 1 :]))
+    for words in (shlex.split(line, comments=True) for line in lines if "scripts/" in line):
+        starts = [place for place, word in enumerate(words) if word.startswith("scripts/")]
+        found += [(words[start], words[start + 1 :]) for start in starts[:1]]
     return found
 
 
@@ -182,23 +172,32 @@ def initialised_hydra():
 
 
 OUTSIDE = section(EXTENDING, "An experiment").partition("### In the package")[0]
-PAGES = ((ROOT / "README.md").read_text(), PAPER_SCALE.read_text(), OUTSIDE)
-# What two pages say, or two targets of make, is looked at once.
-COMMANDS = sorted({(script, *arguments) for text in PAGES for script, arguments in scripts_of(text)})
+PAGES = [path.read_text() for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))) if path != EXTENDING] + [OUTSIDE]
+COMMANDS = list(dict.fromkeys(command for text in PAGES for command in commands(text)))
 
 
-@pytest.mark.parametrize(("script", "arguments"), [(script, arguments) for script, *arguments in COMMANDS])
-def test_commands_are_accepted(script, arguments, initialised_hydra):
-    assert (ROOT / script).is_file()
-    runs = plan(script, single_jobs(arguments))
-    assert runs
-    for run in runs:
-        if hasattr(run, "config") and "profile=paper" in arguments:
-            assert run.config.get("scale", "paper") == "paper"
+@pytest.fixture(scope="module")
+def accepted():
+    """What was looked at already: make targets run each other's commands."""
+    return set()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_accepted(command, accepted, initialised_hydra):
+    for script, arguments in scripts_of(command):
+        if (script, *arguments) in accepted:
+            continue
+        assert (ROOT / script).is_file()
+        runs = plan(script, single_jobs(arguments))
+        assert runs
+        if "profile=paper" in arguments:
+            assert all(run.config.get("scale", "paper") == "paper" for run in runs if hasattr(run, "config"))
+        accepted.add((script, *arguments))
 
 
 def test_every_experiment_of_the_papers_scale_has_its_command():
-    text = " ".join(" ".join(arguments) for _, arguments in scripts_of(PAPER_SCALE.read_text()))
+    found = [arguments for command in commands(PAPER_SCALE.read_text()) for _, arguments in scripts_of(command)]
+    text = " ".join(argument for arguments in found for argument in arguments)
     for name in ("vit/imagenet", "cifar/cifar100", "llm/llama_2_7b", "llm/mistral_7b", "llm/phi_2", "llm/other"):
         assert f"experiment={name}" in text
     claims = (ROOT / "entreg" / "records" / "claims.yaml").read_text()
@@ -209,10 +208,10 @@ def test_every_experiment_of_the_papers_scale_has_its_command():
 
 def test_make_targets_of_the_docs_exist():
     targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    for path in (METHOD, PAPER_SCALE, EXTENDING, DOCS / "README.md"):
+    for path in DOCS.glob("*.md"):
         for line in re.findall(r"`(make [^`]*)`", path.read_text()) + commands(path.read_text()):
             if line.startswith("make "):
-                asked = [word for word in line.split()[1:] if re.fullmatch(r"[a-z-]+", word)]
+                asked = [word for word in shlex.split(line, comments=True)[1:] if re.fullmatch(r"[a-z-]+", word)]
                 assert asked
                 assert set(asked) <= targets, line
 
