@@ -14,7 +14,7 @@ from typing import Any
 from entreg.cli import nearest
 from entreg.errors import InputError, RecordError
 from entreg.records.environment import REPOSITORY
-from entreg.records.formatting import MISSING, estimate, number
+from entreg.records.formatting import MISSING, estimate, number, p_value
 from entreg.records.record import parse
 from entreg.records.statistics import DifferenceTest, Estimate, holm, paired_test, welch_test
 from entreg.records.store import REFERENCE_ROOT, RecordStore, load_record
@@ -121,7 +121,7 @@ class Comparison:
                 number(one.first, 4),
                 number(one.second, 4),
                 MISSING if one.test is None else estimate(one.test.difference),
-                MISSING if one.adjusted is None else number(one.adjusted),
+                p_value(one.adjusted),
                 one.how,
                 one.verdict,
             ]

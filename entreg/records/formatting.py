@@ -99,6 +99,13 @@ def percent(fraction: float | None, digits: int = 3) -> str:
     return NOT_RUN if fraction is None else f"{number(100.0 * float(fraction), digits)} %"
 
 
+def p_value(value: float | None) -> str:
+    """A p-value with two digits, ``< 0.001`` where it is smaller than that."""
+    if value is None:
+        return MISSING
+    return "< 0.001" if value < 0.001 else number(float(value), 2)
+
+
 def markdown_cell(text: str) -> str:
     """Text that cannot break out of its table cell."""
     return " ".join(text.split()).replace("|", "\\|")

@@ -8,7 +8,7 @@ from typing import Any
 
 from entreg.records.formatting import number
 from entreg.records.geometry_speed_tables import method_label
-from entreg.records.statistics import Estimate, geometric_mean_ratio, mean_and_interval
+from entreg.records.statistics import DifferenceTest, Estimate, geometric_mean_ratio, mean_and_interval, paired_test
 
 Row = Mapping[str, Any]
 Cell = tuple[str, int, str]
@@ -126,15 +126,25 @@ class Study:
         Data sets in ``left_out`` and ``without`` do not count. None when the method lacks another one, since the means
         would not compare.
         """
+        return _geometric_mean(list(self.mean_speedups(method, without).values()))
+
+    def mean_speedups(self, method: str, without: Sequence[str] = ()) -> dict[int, float]:
+        """Seed to geometric mean over the data sets, of the seeds that have all of them; see :meth:`mean_speedup`."""
         by_seed: dict[int, list[float]] = {}
         names = [name for name in self.distributions if name not in without and name not in self.left_out]
-        if not names:
-            return None
         for name in names:
             for seed, row in self.rows(name, self.size_of(name), method).items():
                 by_seed.setdefault(seed, []).append(math.log(row["speedup"]))
         count = len(names)
-        return _geometric_mean([math.exp(sum(logs) / count) for logs in by_seed.values() if len(logs) == count])
+        return {seed: math.exp(sum(logs) / count) for seed, logs in by_seed.items() if len(logs) == count}
+
+    def rewrite_over(self, method: str) -> DifferenceTest | None:
+        """Logarithm of the rewriting's mean speed-up over a method's, tested in pairs over shared training seeds."""
+        own, other = self.mean_speedups(REWRITE), self.mean_speedups(method)
+        seeds = [seed for seed in own if seed in other]
+        if not seeds:
+            return None
+        return paired_test([math.log(own[seed]) for seed in seeds], [math.log(other[seed]) for seed in seeds])
 
     def by_distribution(self, method: str, field: str) -> dict[str, float]:
         """Mean over seeds of a field, by data set at its largest size; geometric for speed-ups."""

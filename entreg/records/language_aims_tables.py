@@ -13,12 +13,11 @@ from entreg.records.language_study import (
     SPARSITY_TOLERANCE,
     WANTED_SPARSITY,
     LanguageStudy,
-    exponential,
     is_default,
     quality_studies,
     random_weights,
 )
-from entreg.records.statistics import Estimate
+from entreg.records.statistics import Estimate, exponential
 from entreg.records.tables import MISSING, NOT_RUN, Table, TracedRow, estimate, number, percent, ratio, register_table
 
 MODEL = "smollm2"

@@ -14,7 +14,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from entreg.records.record import SCALES
-from entreg.records.statistics import Estimate, mean_and_interval, paired_difference
+from entreg.records.statistics import (
+    DifferenceTest,
+    Estimate,
+    exponential,
+    mean_and_interval,
+    paired_difference,
+    paired_test,
+)
 from entreg.records.vision_study import label as training_label
 
 LANGUAGE = ("llm/",)
@@ -274,6 +281,26 @@ class LanguageStudy:
         ends = [None if end is None else mean + end - found.mean for end in (found.low, found.high)]
         return Estimate(mean, *ends, found.count)
 
+    def minus_ours(self, method: str, task: str, plan: str, level: float | None, field: str) -> DifferenceTest | None:
+        """A plan's value minus the default plan's at its nearest level, tested in pairs over items; see `increase`.
+
+        None for the default plan itself, and where the values of single items are missing.
+        """
+        if plan == OURS:
+            return None
+        ours = self.rows(method, task, OURS, self.nearest_level(OURS))
+        theirs = self.rows(method, task, plan, level)
+        items = [
+            (theirs[seed].get(f"{field}_per_item"), ours[seed].get(f"{field}_per_item"))
+            for seed in theirs
+            if seed in ours
+        ]
+        lengths = {len(values or ()) for pair in items for values in pair}
+        if len(lengths) != 1 or lengths == {0}:
+            return None
+        sides = [[statistics.fmean(values) for values in zip(*side, strict=True)] for side in zip(*items, strict=True)]
+        return paired_test(*sides)
+
     def drop(
         self, method: str, task: str, plan: str, level: float | None, field: str, **chosen: Any
     ) -> Estimate | None:
@@ -342,12 +369,6 @@ def quality_studies(records: Iterable[Mapping[str, Any]]) -> list[LanguageStudy]
 def training_studies(records: Iterable[Mapping[str, Any]]) -> list[LanguageStudy]:
     """One study per scale and model of the experiment ``llm/training``, the largest scale first."""
     return _studies(record for record in records if record["experiment"].startswith(TRAINING))
-
-
-def exponential(value: Estimate) -> Estimate:
-    """A difference of losses as a ratio of perplexities."""
-    ends = [None if end is None else math.exp(end) for end in (value.low, value.high)]
-    return Estimate(math.exp(value.mean), *ends, value.count)
 
 
 def _studies(records: Iterable[Mapping[str, Any]]) -> list[LanguageStudy]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from entreg.records.formatting import p_value
 from entreg.records.language_study import (
     DENSE,
     LANGUAGE,
@@ -20,7 +21,14 @@ from entreg.records.language_study import (
     quality_studies,
     training_studies,
 )
-from entreg.records.statistics import Estimate, mean_and_interval, paired_difference
+from entreg.records.statistics import (
+    DifferenceTest,
+    Estimate,
+    exponential,
+    holm_by_name,
+    mean_and_interval,
+    paired_difference,
+)
 from entreg.records.tables import (
     MISSING,
     NOT_RUN,
@@ -78,7 +86,12 @@ def quality(records: Records) -> Table | None:
     for study in studies:
         for method in study.methods:
             places = [(DENSE, 0.0), *((plan, study.nearest_level(plan)) for plan in study.plans())]
-            rows += [_quality_row(study, method, *place) for place in places if _measured(study, method, *place)]
+            shown = [place for place in places if _measured(study, method, *place)]
+            against = [
+                {place: study.minus_ours(method, task, *place, "loss") for place in shown}
+                for task in ("perplexity", "copy")
+            ]
+            rows += [_quality_row(study, method, *place, against) for place in shown]
     if not rows:
         return None
     return Table(
@@ -86,24 +99,31 @@ def quality(records: Records) -> Table | None:
         "What sparse attention costs a language model, at the level nearest 75 % sparsity",
         [
             *("model, scale", "plan", "realised sparsity", "decode sparsity", "perplexity", "ratio to dense"),
-            *("copy loss", "copy loss − dense", "needle accuracy", "needle − dense"),
+            *("ratio to ours", "p", "copy loss", "copy loss − dense", "copy loss − ours", "p, copy"),
+            *("needle accuracy", "needle − dense"),
             *("ROUGE-L", "ROUGE-L drop", "ROUGE-L to dense"),
         ],
         rows,
         notes=[
             *circumstances(studies),
             _PAIRED,
+            "Ratio to ours (of perplexities) and copy loss − ours: the same pairs against our default plan, equal "
+            "weight for every item; p: paired t test, after Holm's correction for all rows of the model and column.",
             "Realised sparsity: share of the causal score entries that is not computed, entries of the selection "
             "counted as computed, from the least to the largest over the tests. ROUGE-L (0 to 100) is against the "
             "reference summaries, its drop in points below dense; ROUGE-L to dense is against the dense model's own "
             "text. Oracles choose with the exact scores and save no time.",
         ],
-        align="ll" + "r" * 11,
+        align="ll" + "r" * 15,
         record_ids=_ids(studies),
     )
 
 
-def _quality_row(study: LanguageStudy, method: str, plan: str, level: float) -> TracedRow:
+def _quality_row(
+    study: LanguageStudy, method: str, plan: str, level: float, against: Sequence[Mapping[Any, DifferenceTest | None]]
+) -> TracedRow:
+    perplexities, copies = (tests[plan, level] for tests in against)
+    p_perplexity, p_copy = (p_value(holm_by_name(tests).get((plan, level))) for tests in against)
     name = _plan_name(study, method, plan)
     perplexity = _perplexity(study, method, plan, level)
     sparse = plan != DENSE
@@ -119,8 +139,12 @@ def _quality_row(study: LanguageStudy, method: str, plan: str, level: float) -> 
         span(decode) if sparse and decode is not None else MISSING,
         _number(perplexity, 4),
         _ratio(study.perplexity_ratio(method, plan, level)) if sparse else MISSING,
+        _ratio(exponential(perplexities.difference)) if perplexities else MISSING,
+        p_perplexity,
         _number(copied),
         estimate(study.increase(method, "copy", plan, level, "loss")) if sparse else MISSING,
+        estimate(copies.difference) if copies else MISSING,
+        p_copy,
         _number(found),
         estimate(lost) if sparse else MISSING,
         _number(study.mean(method, "summary", plan, level, "rouge_l")),

@@ -1,13 +1,16 @@
 """The few statistics that tables and verdicts need: means with intervals, differences and their tests, a line's fit."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from scipy import special
 
 from entreg.errors import InputError
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def holm_by_name(tests: Mapping[K, DifferenceTest | None]) -> dict[K, float]:
+    """Holm's p-values of the tests of one table's column, without those that have none (a single pair, no test)."""
+    values = {name: test.p_value for name, test in tests.items() if test is not None and test.p_value is not None}
+    return dict(zip(values, holm(list(values.values())), strict=True))
+
+
 def geometric_mean_ratio(numerators: Sequence[float], denominators: Sequence[float], level: float = 0.95) -> Estimate:
     """Geometric mean of the pairwise ratios, with the t interval of the log ratios mapped back.
 
@@ -165,6 +174,12 @@ def geometric_mean_ratio(numerators: Sequence[float], denominators: Sequence[flo
         None if high is None else math.exp(high),
         logs.count,
     )
+
+
+def exponential(value: Estimate) -> Estimate:
+    """A difference of logarithms as a ratio: of losses, a ratio of perplexities."""
+    ends = [None if end is None else math.exp(end) for end in (value.low, value.high)]
+    return Estimate(math.exp(value.mean), *ends, value.count)
 
 
 def linear_fit(x: Sequence[float], y: Sequence[float]) -> LinearFit:

@@ -132,7 +132,8 @@ class VisionStudy:
         """Matched-area overlap at the score (of these, or any) and layer that are best on validation.
 
         Returns:
-            ``score``, ``layer``, and per seed ``iou`` and ``random`` on the test images; None without measurements.
+            ``score``, ``layer``, ``seeds``, and per seed ``iou`` and ``random`` on the test images; None without
+            measurements.
         """
         totals: dict[tuple[str, int | str], list[float]] = {}
         for seed in self.seeds(method):
@@ -143,7 +144,7 @@ class VisionStudy:
         if not totals:
             return None
         score, layer = max(totals, key=lambda key: statistics.fmean(totals[key]))
-        found: dict[str, Any] = {"score": score, "layer": layer, "iou": [], "random": []}
+        found: dict[str, Any] = {"score": score, "layer": layer, "seeds": [], "iou": [], "random": []}
         for seed in self.seeds(method):
             for row in self.records[method, seed]["rows"]:
                 if (row["plan"], row["split"], row["score"], row.get("layer")) == (
@@ -152,6 +153,7 @@ class VisionStudy:
                     score,
                     layer,
                 ):
+                    found["seeds"].append(seed)
                     found["iou"].append(row["iou_matched"])
                     found["random"].append(row["iou_random"])
         return found

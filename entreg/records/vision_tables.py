@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from entreg.records.formatting import p_value
 from entreg.records.record import SCALES
-from entreg.records.statistics import Estimate, mean_and_interval, paired_difference
+from entreg.records.statistics import DifferenceTest, Estimate, holm_by_name, mean_and_interval, paired_test
 from entreg.records.tables import MISSING, Table, TracedRow, estimate, number, register_table
 from entreg.records.vision_study import VisionStudy, label, ours_for
 
@@ -39,10 +40,23 @@ def accuracy(study: VisionStudy, method: str, plan: str, **chosen: Any) -> Estim
     return mean_and_interval(values) if values else None
 
 
-def advantage(study: VisionStudy, ours: str, rival: str, plan: str, level: float | None = None) -> Estimate | None:
-    """Paired difference, over shared seeds, of our accuracy and the rival's under one plan."""
+def advantage(
+    study: VisionStudy, ours: str, rival: str, plan: str, level: float | None = None
+) -> DifferenceTest | None:
+    """Our accuracy minus the rival's under one plan, tested in pairs over shared seeds."""
     first, second = study.pairs(ours, rival, plan, level=level)
-    return paired_difference(first, second) if first else None
+    return paired_test(first, second) if first else None
+
+
+def difference_cells(
+    tests: Mapping[str, DifferenceTest | None], method: str, text: Callable[[Estimate], str] = points
+) -> list[str]:
+    """Two cells: a method's difference, and its p-value after Holm's correction over all of ``tests``."""
+    test, adjusted = tests.get(method), holm_by_name(tests)
+    return [text(test.difference) if test else MISSING, p_value(adjusted.get(method))]
+
+
+TESTED = "p: paired t test over the seeds, after Holm's correction for all rows of the column."
 
 
 def main_study(records: Sequence[Mapping[str, Any]]) -> VisionStudy | None:
@@ -70,23 +84,24 @@ def settings_table(
     if study is None:
         return None
     ours = ours_for(plan, study.methods)
+    shown = [method for method in study.methods if _belongs(method, plan)]
+    tests = {method: advantage(study, ours, method, plan) for method in shown if ours and method != ours}
     rows = []
-    for method in study.methods:
+    for method in shown:
         sparse = accuracy(study, method, plan)
-        if sparse is None or not _belongs(method, plan):
+        if sparse is None:
             continue
         seeds = study.seeds(method)
         dense_plain = study.values("plain", "dense", seeds=[s for s in seeds if s in study.seeds("plain")])
         dense = accuracy(study, method, "dense")
         lost = statistics.fmean(dense_plain) - sparse.mean if dense_plain else None
-        against = advantage(study, ours, method, plan) if ours and method != ours else None
         cells = [
             f"**{label(method)}**" if method == ours else label(method),
             points(dense),
             points(sparse),
             MISSING if lost is None else number(100 * lost),
             ", ".join(word for word in study.best_choice(method, plan) if word),
-            points(against) if against else MISSING,
+            *difference_cells(tests, method),
             len(seeds),
         ]
         rows.append(TracedRow(cells, study.ids_of(method, "plain", ours)))
@@ -104,15 +119,16 @@ def settings_table(
     return Table(
         name or f"vision-setting-{SETTINGS[plan].lower()}",
         f"{title}Setting {SETTINGS[plan]}: {kept} from layer {settings['before_layer']} on, {sparsity} % sparsity",
-        ["method", "dense", "sparse", "lost", "tokens are, by score", "ours − method", "seeds"],
+        ["method", "dense", "sparse", "lost", "tokens are, by score", "ours − method", "p", "seeds"],
         rows,
         notes=[
             "Test accuracy per answer in per cent, mean over seeds with 95 % interval; lost: points below the plain "
             "model's dense accuracy. How tokens are reduced and ranked is each method's best on validation; "
             "differences are paired by seed. All methods start from the same dense model and take the same number of "
             "further steps. The sparsity depends on the score: what is computed only for the choice counts.",
+            TESTED,
         ],
-        align="lrrrlrr",
+        align="lrrrlrrr",
         record_ids=study.record_ids,
     )
 
@@ -144,18 +160,19 @@ def curves(records: list[dict[str, Any]]) -> Table | None:
         cells = [accuracy(study, method, plan, level=level) for plan, level in plans]
         if any(cells):
             dense = accuracy(study, method, "dense")
-            words = (MISSING if c is None else number(100 * c.mean) for c in (dense, *cells))
-            rows.append(TracedRow([label(method), *words], study.ids_of(method)))
+            row = [label(method), *map(points, (dense, *cells)), len(study.seeds(method))]
+            rows.append(TracedRow(row, study.ids_of(method)))
     if not rows or not plans:
         return None
     return Table(
         "vision-curves",
         "Test accuracy by realised sparsity",
-        ["method", "dense", *(f"{plan} {100 * level:.0f} %" for plan, level in plans)],
+        ["method", "dense", *(f"{plan} {100 * level:.0f} %" for plan, level in plans), "seeds"],
         rows,
         notes=[
-            "Per cent of answers, mean over seeds, each with the selection score that is best on validation. Columns: "
-            "keys per head, shared by its queries. Tokens: patch tokens dropped before the first layer.",
+            "Per cent of answers, mean over seeds with 95 % interval, each with the selection score that is best on "
+            "validation. Columns: keys per head, shared by its queries. Tokens: patch tokens dropped before the first "
+            "layer.",
         ],
         record_ids=study.record_ids,
     )
@@ -167,6 +184,8 @@ def masks(records: list[dict[str, Any]]) -> Table | None:
     study = main_study(records)
     if study is None:
         return None
+    ours = ours_for("setting_a", study.methods)
+    tests = {method: _overlap_difference(study, ours, method) for method in study.methods if ours and method != ours}
     rows = []
     for method in study.methods:
         found = study.localisation(method)
@@ -180,6 +199,7 @@ def masks(records: list[dict[str, Any]]) -> Table | None:
             found["layer"],
             number(statistics.fmean(magnitude["iou"])) if magnitude else MISSING,
             number(statistics.fmean(found["random"])),
+            *difference_cells(tests, method, estimate),
             len(study.seeds(method)),
         ]
         rows.append(TracedRow(cells, study.ids_of(method)))
@@ -188,13 +208,14 @@ def masks(records: list[dict[str, Any]]) -> Table | None:
     return Table(
         "vision-masks",
         "Overlap (IoU) of the highest-ranked patches with the semantic mask, at matched area",
-        ["method", "IoU", "score", "layer", "by magnitude", "random", "seeds"],
+        ["method", "IoU", "score", "layer", "by magnitude", "random", "ours − method", "p", "seeds"],
         rows,
         notes=[
             "As many patches are kept as the image's mask covers; the best possible value is 1. Score and layer are "
             "each method's best on validation, the numbers are of the test images. Mean over seeds, 95 % interval.",
+            TESTED,
         ],
-        align="lrlrrrr",
+        align="lrlrrrrrr",
         record_ids=study.record_ids,
     )
 
@@ -242,17 +263,19 @@ def mce(records: list[dict[str, Any]]) -> Table | None:
     if study is None:
         return None
     ours = ours_for("robustness", study.methods)
+    others = [name for name in study.methods if ours and name != ours]
+    tests = {name: _corruption_difference(study, name, ours, "dense") for name in others}
+    gains = {name: _corruption_difference(study, "plain", name, "sparse") for name in study.methods if name != "plain"}
     rows = []
     for method in study.methods:
         errors = {plan: study.corruption_errors(method, plan) for plan in ("dense", "sparse")}
         if not errors["dense"]:
             continue
         cells = [points(mean_and_interval(values)) if values else MISSING for values in errors.values()]
-        against = _corruption_difference(study, method, ours, "dense") if ours and method != ours else MISSING
-        gain = _corruption_difference(study, "plain", method, "sparse") if method != "plain" else MISSING
         name = f"**{label(method)}**" if method == ours else label(method)
         clean = points(accuracy(study, method, "dense"))
-        row = [name, clean, cells[0], against, cells[1], gain, len(study.seeds(method))]
+        cells[1:1] = difference_cells(tests, method)
+        row = [name, clean, *cells, *difference_cells(gains, method), len(study.seeds(method))]
         rows.append(TracedRow(row, study.ids_of(method, "plain", ours)))
     if not rows:
         return None
@@ -264,8 +287,10 @@ def mce(records: list[dict[str, Any]]) -> Table | None:
             "clean accuracy",
             "mCE dense",
             "method − ours",
+            "p",
             "mCE at 80 % sparsity",
             "plain − method, at 80 %",
+            "p, at 80 %",
             "seeds",
         ],
         rows,
@@ -273,15 +298,26 @@ def mce(records: list[dict[str, Any]]) -> Table | None:
             "Per cent; mCE is the plain mean of the error over 15 corruptions and 5 severities, lower is better. Mean "
             "over seeds with 95 % interval; differences are paired by seed. At 80 % sparsity tokens are "
             "dropped before the first layer; what was trained with a partition is tested with it.",
+            TESTED,
         ],
         record_ids=study.record_ids,
     )
 
 
-def _corruption_difference(study: VisionStudy, first: str, second: str, plan: str) -> str:
-    """Mean corruption error of the first method minus the second's, paired by seed."""
+def _overlap_difference(study: VisionStudy, ours: str, rival: str) -> DifferenceTest | None:
+    """Our overlap minus the rival's, each at its own score and layer, tested in pairs over shared seeds."""
+    found = [study.localisation(method) for method in (ours, rival)]
+    if not all(found):
+        return None
+    own, other = (dict(zip(one["seeds"], one["iou"], strict=True)) for one in found)
+    seeds = [seed for seed in own if seed in other]
+    return paired_test([own[seed] for seed in seeds], [other[seed] for seed in seeds]) if seeds else None
+
+
+def _corruption_difference(study: VisionStudy, first: str, second: str, plan: str) -> DifferenceTest | None:
+    """Mean corruption error of the first method minus the second's, tested in pairs over shared seeds."""
     pairs = study.corruption_error_pairs(first, second, plan)
-    return points(paired_difference(*pairs)) if pairs[0] else MISSING
+    return paired_test(*pairs) if pairs[0] else None
 
 
 @register_table("cifar-corruptions", experiments=("cifar/",))

@@ -4,7 +4,9 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from entreg.records.claims import judge, load_claims
 from entreg.records.figures import fingerprint, render
@@ -239,9 +241,30 @@ def test_summary_table_holds_every_method_with_best_and_worst(records):
     assert len(cells) == 7
     rewrite = cells["entropy net, rewrite"]
     assert rewrite[1].startswith("4.00x [")
-    assert rewrite[2:4] == ["16.0x (circle)", "1.00x (square)"]
-    assert rewrite[4] == "0.300 % / 0.500 %"
+    assert rewrite[2:4] == ["–", "–"]
+    assert rewrite[4:6] == ["16.0x (circle)", "1.00x (square)"]
+    assert rewrite[6] == "0.300 % / 0.500 %"
     assert "2.00 s per data set" in " ".join(table.notes)
+
+
+def test_rewriting_is_tested_against_every_method_in_pairs_of_seeds():
+    speedups = {"entropy_net_rewrite": (2.0, 2.6, 2.2), "plain_filter": (3.0, 3.1, 3.3), "qhull": (1.0, 1.0, 1.0)}
+    found = [
+        record("square", seed, [row("square", 1000, method, values[seed]) for method, values in speedups.items()])
+        for seed in range(3)
+    ]
+    table = hull_table(found)
+    cells = {line[0]: dict(zip(table.columns, line, strict=True)) for line in table.text_rows()}
+    logs = {method: np.log(values) for method, values in speedups.items()}
+    raw = {m: stats.ttest_rel(logs["entropy_net_rewrite"], logs[m]).pvalue for m in ("plain_filter", "qhull")}
+    filtered, baseline = cells["plain exact filter"], cells["Qhull"]
+    ratio = np.exp(np.mean(logs["entropy_net_rewrite"] - logs["plain_filter"]))
+    assert float(filtered["rewrite over it"].split("x")[0]) == pytest.approx(ratio, rel=0.005)
+    smaller, larger = sorted(raw.values())
+    adjusted = {smaller: 2 * smaller, larger: max(larger, 2 * smaller)}
+    assert float(filtered["p"]) == pytest.approx(adjusted[raw["plain_filter"]], rel=0.06)
+    assert float(baseline["p"]) == pytest.approx(adjusted[raw["qhull"]], rel=0.06)
+    assert filtered["seeds"] == "3"
 
 
 def test_complete_table_has_one_line_per_measurement(records):

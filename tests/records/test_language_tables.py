@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from scipy import stats
 
 from entreg.records.language_aims_tables import aims
 from entreg.records.language_speed_tables import decode, prefill, speed_cells
@@ -76,6 +77,30 @@ def test_quality_is_told_at_the_level_nearest_75_and_the_loser_stays():
         "2,048; copy test: 2 windows, context 2,049; needle retrieval: 20 tasks, context 2,048; summaries: 30 "
         "articles, context 2,048."
     )
+
+
+def test_plans_are_tested_against_ours_in_pairs_of_windows():
+    ours, window, pooled = [2.0, 2.5, 2.2, 2.4], [2.1, 2.9, 2.3, 2.45], [2.0, 2.6, 2.15, 2.5]
+    losses = {"dense": [1.9, 2.4, 2.1, 2.3], "ours": ours, "window": window, "pooled": pooled}
+    rows = [text(plan, 0.0 if plan == "dense" else 0.75, values) for plan, values in losses.items()]
+    found = {row["plan"]: row for row in rows_of(quality([language_record(rows)]))}
+    raw = {plan: stats.ttest_rel(losses[plan], ours).pvalue for plan in ("dense", "window", "pooled")}
+    order = sorted(raw, key=raw.get)
+    adjusted, largest = {}, 0.0
+    for rank, plan in enumerate(order):
+        largest = max(largest, min(1.0, (3 - rank) * raw[plan]))
+        adjusted[plan] = largest
+    labels = {"dense": "dense", "window": "sink + window (StreamingLLM)", "pooled": "mean-pooled"}
+    for plan, label in labels.items():
+        shown = found[label]["p"]
+        if adjusted[plan] < 0.001:
+            assert shown == "< 0.001"
+        else:
+            assert float(shown) == pytest.approx(adjusted[plan], rel=0.06)
+        ratio = math.exp(sum(a - b for a, b in zip(losses[plan], ours, strict=True)) / 4)
+        assert float(found[label]["ratio to ours"].split("x")[0]) == pytest.approx(ratio, rel=0.001)
+    assert found["**ours**"]["ratio to ours"] == found["**ours**"]["p"] == "–"
+    assert found["dense"]["p, copy"] == "–"
 
 
 def test_levels_has_every_plan_level_and_context():

@@ -125,6 +125,7 @@ def test_localisation_is_chosen_on_validation_by_score_and_layer():
     assert study.localisation("plain") == {
         "score": "mixed",
         "layer": 3,
+        "seeds": [0, 1],
         "iou": pytest.approx([0.55, 0.65]),
         "random": [0.2, 0.2],
     }

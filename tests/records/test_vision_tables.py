@@ -1,6 +1,7 @@
 """Tables of the vision experiments: the numbers of hand-made records appear, and a row that loses stays."""
 
 import pytest
+from scipy import stats
 
 from entreg.records.vision_tables import corruptions, curves, main_study, masks, mce, setting_a, setting_b
 from tests.records.vision_samples import accuracies, corrupted, overlaps, vision_record
@@ -39,6 +40,37 @@ def test_setting_table_holds_the_numbers_and_the_loser():
     assert {row["seeds"] for row in rows.values()} == {"2"}
 
 
+def test_differences_carry_scipys_p_value_after_holms_correction():
+    table = setting_a(study_records())
+    rows = by_method(table)
+    assert rows["**ours a**"]["p"] == "–"
+    accuracies_of = {"ours_a": (0.90, 0.95, 0.91), "plain": (0.80, 0.90, 0.83), "loop_a": (0.89, 0.96, 0.90)}
+    records = [
+        vision_record(method, seed, rows_of(0.95, value))
+        for method, values in accuracies_of.items()
+        for seed, value in enumerate(values)
+    ]
+    rows = by_method(setting_a(records))
+    raw = {name: stats.ttest_rel(accuracies_of["ours_a"], accuracies_of[name]).pvalue for name in ("plain", "loop_a")}
+    assert raw["plain"] < raw["loop_a"]
+    assert float(rows["plain"]["p"]) == pytest.approx(2 * raw["plain"], rel=0.05)
+    assert float(rows["loop a"]["p"]) == pytest.approx(max(raw["loop_a"], 2 * raw["plain"]), rel=0.05)
+
+
+def test_overlaps_are_tested_in_pairs():
+    def rows(value):
+        return [overlaps(split, "mixed", 2, value) for split in ("validation", "test")]
+
+    values = {"ours_a": (0.61, 0.64, 0.66), "plain": (0.55, 0.60, 0.59)}
+    records = [
+        vision_record(method, seed, rows(one)) for method, many in values.items() for seed, one in enumerate(many)
+    ]
+    found = by_method(masks(records))
+    expected = stats.ttest_rel(values["ours_a"], values["plain"])
+    assert found["plain"]["ours − method"].startswith("0.0567 [")
+    assert float(found["plain"]["p"]) == pytest.approx(expected.pvalue, rel=0.05)
+
+
 def test_the_title_says_between_which_sparsities_the_scores_are():
     records = study_records()
     records[0]["rows"].append(accuracies("setting_a", "test", 0.5) | {"score": "prefix", "sparsity": 0.817})
@@ -72,10 +104,10 @@ def test_curves_have_a_column_per_plan_and_level():
     dense = [accuracies("dense", split, 0.9) for split in ("validation", "test")]
     table = curves([vision_record("plain", 0, [*dense, *rows]), vision_record("ours_a", 0, [*dense, *rows[2:]])])
     assert table.text_rows() == [
-        ["plain", "90.0", "87.5", "25.0"],
-        ["ours a", "90.0", "–", "25.0"],
+        ["plain", "90.0", "87.5", "25.0", "1"],
+        ["ours a", "90.0", "–", "25.0", "1"],
     ]
-    assert list(table.columns) == ["method", "dense", "tokens 50 %", "tokens 90 %"]
+    assert list(table.columns) == ["method", "dense", "tokens 50 %", "tokens 90 %", "seeds"]
 
 
 def test_masks_table_names_the_choice_and_both_baselines():
@@ -85,7 +117,7 @@ def test_masks_table_names_the_choice_and_both_baselines():
         for row in (overlaps(split, "mixed", 2, 0.61), overlaps(split, "magnitude", 4, 0.33, random=0.14))
     ]
     table = masks([vision_record("plain", 0, rows)])
-    assert table.text_rows() == [["plain", "0.610", "mixed", "2", "0.330", "0.125", "1"]]
+    assert table.text_rows() == [["plain", "0.610", "mixed", "2", "0.330", "0.125", "–", "–", "1"]]
     assert masks(study_records()) is None
 
 
