@@ -34,9 +34,7 @@ def overlays_figure(records: list[dict[str, Any]]) -> Figure | None:
         return None
     shown = {method: study.records[method, study.seeds(method)[0]]["metrics"]["overlays"] for method in study.methods}
     firsts = {method: next(iter(found["plans"].values())) for method, found in shown.items()}
-    columns = [
-        (f"{method_words(method)}\n{_plan_words(plan)}", shown[method], plan) for method, plan in firsts.items()
-    ]
+    columns = [(f"{method_words(method)}\n{_plan_words(plan)}", shown[method], plan) for method, plan in firsts.items()]
     return scenes_figure(next(iter(shown.values())), columns)
 
 
