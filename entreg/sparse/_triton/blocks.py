@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from entreg.sparse._triton._launch import listed_blocks, padded_width, rows_contiguous
 from entreg.sparse.plan import SparsityPlan
@@ -27,13 +26,11 @@ class Tiles:
         keys: keys that are looked at together; divides the block size.
         warps: per program.
         stages: of the pipeline that loads keys and values.
-        descriptors: load keys and values by tensor descriptors (the copy engine of Hopper and later), not by pointers.
     """
 
     keys: int
     warps: int
     stages: int
-    descriptors: bool = False
 
 
 def attend_blocks(
@@ -64,14 +61,10 @@ def attend_blocks(
     # As models go on with it: no copy after the transposition.
     out = q.new_empty(batch, n, heads, value_width).transpose(1, 2)
     groups = batch * heads // pack
-    sources = (k, v)
-    if tiles.descriptors:
-        sources = tuple(
-            TensorDescriptor(x, x.shape, x.stride(), [1, 1, tiles.keys, padded_width(x.shape[3])]) for x in (k, v)
-        )
     _attend_blocks_kernel[(groups * rows,)](
         q,
-        *sources,
+        k,
+        v,
         out,
         lists.index,
         lists.lengths,
@@ -94,7 +87,6 @@ def attend_blocks(
         FIRST_ROWS=min(_FIRST_ROWS, rows),
         SIZE=size,
         KEYS=tiles.keys,
-        DESCRIPTORS=tiles.descriptors,
         WIDTH=width,
         PADDED_WIDTH=padded_width(width),
         VALUE_WIDTH=value_width,
@@ -147,7 +139,6 @@ def _attend_blocks_kernel(
     FIRST_ROWS: tl.constexpr,
     SIZE: tl.constexpr,
     KEYS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED_WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
@@ -168,7 +159,6 @@ def _attend_blocks_kernel(
     image = key_group // key_heads
     key_head = key_group % key_heads
     plan_row = (image * plan_heads + key_head % plan_heads) * rows + row
-    image_number = image.to(tl.int32)
     image = image.to(tl.int64)
 
     member = tl.arange(0, PACK * SIZE)
@@ -188,21 +178,20 @@ def _attend_blocks_kernel(
         mask=exists[:, None] & (feature < WIDTH)[None, :],
         other=0.0,
     )
-    if not DESCRIPTORS:
-        key_tile = (
-            keys
-            + image * key_batch_stride
-            + key_head.to(tl.int64) * key_head_stride
-            + key[None, :] * key_stride
-            + feature[:, None]
-        )
-        value_tile = (
-            values
-            + image * value_batch_stride
-            + key_head.to(tl.int64) * value_head_stride
-            + key[:, None] * value_stride
-            + value_feature[None, :]
-        )
+    key_tile = (
+        keys
+        + image * key_batch_stride
+        + key_head.to(tl.int64) * key_head_stride
+        + key[None, :] * key_stride
+        + feature[:, None]
+    )
+    value_tile = (
+        values
+        + image * value_batch_stride
+        + key_head.to(tl.int64) * value_head_stride
+        + key[:, None] * value_stride
+        + value_feature[None, :]
+    )
     largest = tl.full([PACK * SIZE], -float("inf"), tl.float32)
     total = tl.zeros([PACK * SIZE], tl.float32)
     mean = tl.zeros([PACK * SIZE, PADDED_VALUE_WIDTH], tl.float32)
@@ -212,10 +201,7 @@ def _attend_blocks_kernel(
     # Blocks before a row's own are seen by all its queries, and are whole.
     for step in range(0, (length // 2) * PARTS):
         start = tl.load(listed + step // PARTS).to(tl.int64) * SIZE + (step % PARTS) * KEYS
-        if DESCRIPTORS:
-            k = keys.load([image_number, key_head, start.to(tl.int32), 0])
-            k = tl.trans(tl.reshape(k, (KEYS, PADDED_WIDTH)))
-        elif WIDTH == PADDED_WIDTH:
+        if WIDTH == PADDED_WIDTH:
             k = tl.load(key_tile + start * key_stride)
         else:
             k = tl.load(key_tile + start * key_stride, mask=(feature < WIDTH)[:, None], other=0.0)
@@ -225,10 +211,7 @@ def _attend_blocks_kernel(
         decay = tl.math.exp2(largest - highest)
         total = total * decay + tl.sum(weights, 1)
         mean = mean * decay[:, None]
-        if DESCRIPTORS:
-            v = values.load([image_number, key_head, start.to(tl.int32), 0])
-            v = tl.reshape(v, (KEYS, PADDED_VALUE_WIDTH))
-        elif VALUE_WIDTH == PADDED_VALUE_WIDTH:
+        if VALUE_WIDTH == PADDED_VALUE_WIDTH:
             v = tl.load(value_tile + start * value_stride)
         else:
             v = tl.load(value_tile + start * value_stride, mask=(value_feature < VALUE_WIDTH)[None, :], other=0.0)
@@ -239,11 +222,7 @@ def _attend_blocks_kernel(
     for part in range(0, (length % 2) * PARTS):
         start = (row + first).to(tl.int64) * SIZE + part * KEYS
         real = start + key < num_keys
-        if DESCRIPTORS:
-            k = keys.load([image_number, key_head, start.to(tl.int32), 0])
-            k = tl.trans(tl.reshape(k, (KEYS, PADDED_WIDTH)))
-        else:
-            k = tl.load(key_tile + start * key_stride, mask=real[None, :] & (feature < WIDTH)[:, None], other=0.0)
+        k = tl.load(key_tile + start * key_stride, mask=real[None, :] & (feature < WIDTH)[:, None], other=0.0)
         logits = tl.dot(q, k, input_precision="ieee") * scale
         logits = tl.where((part * KEYS + key)[None, :] <= within[:, None], logits, -float("inf"))
         highest = tl.maximum(largest, tl.max(logits, 1))
@@ -251,15 +230,11 @@ def _attend_blocks_kernel(
         decay = tl.math.exp2(largest - highest)
         total = total * decay + tl.sum(weights, 1)
         mean = mean * decay[:, None]
-        if DESCRIPTORS:
-            v = values.load([image_number, key_head, start.to(tl.int32), 0])
-            v = tl.reshape(v, (KEYS, PADDED_VALUE_WIDTH))
-        else:
-            v = tl.load(
-                value_tile + start * value_stride,
-                mask=real[:, None] & (value_feature < VALUE_WIDTH)[None, :],
-                other=0.0,
-            )
+        v = tl.load(
+            value_tile + start * value_stride,
+            mask=real[:, None] & (value_feature < VALUE_WIDTH)[None, :],
+            other=0.0,
+        )
         mean = tl.dot(weights.to(v.dtype), v, mean, input_precision="ieee")
         largest = highest
 
