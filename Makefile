@@ -134,7 +134,7 @@ sweep-cifar: $(STAMP) ## a run per method and seed of the corrupted digits, an h
 	$(call run-sweep,vision,cifar)
 
 .PHONY: sweep-llm
-sweep-llm: $(STAMP) ## a run per method and seed of fine-tuning SmolLM2, half an hour each; JOBS=, LAUNCHER=
+sweep-llm: $(STAMP) ## a run per method and seed of fine-tuning SmolLM2, an hour each, a minute on a GPU; JOBS=, LAUNCHER=
 	$(call run-sweep,language,llm)
 
 .PHONY: sweep-geometry
@@ -186,7 +186,7 @@ costs: $(STAMP) ## what the paper-scale studies cost on 1, 8 and 64 GPUs, from m
 .PHONY: notebooks
 notebooks: $(STAMP) ## run the notebooks on the reference records; executed copies go to outputs/notebooks
 	@mkdir -p outputs/notebooks
-	$(BIN)/jupyter execute --output='../outputs/notebooks/{notebook_name}' notebooks/*.ipynb
+	$(BIN)/jupyter execute --timeout=300 --output='../outputs/notebooks/{notebook_name}' notebooks/*.ipynb
 
 .PHONY: test
 test: $(STAMP) ## run the tests
