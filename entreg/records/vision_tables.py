@@ -202,7 +202,7 @@ def masks(records: list[dict[str, Any]]) -> Table | None:
             *difference_cells(tests, method, estimate),
             len(study.seeds(method)),
         ]
-        rows.append(TracedRow(cells, study.ids_of(method)))
+        rows.append(TracedRow(cells, study.ids_of(method, ours)))
     if not rows:
         return None
     return Table(

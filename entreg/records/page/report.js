@@ -45,7 +45,7 @@
   const block = (group) => {
     const first = group[0];
     const box = element("section", undefined, { className: "origin" });
-    const commands = [...new Set(group.map((record) => record.command))].map((text) => {
+    const commands = [...new Set(group.map((record) => record.command))].sort().map((text) => {
       const line = element("p", undefined, { className: "command" });
       line.append(element("code", text), copyButton(text));
       return line;
@@ -70,9 +70,9 @@
       if (facts.length) item.append(` ${facts.join(", ")}`);
       list.append(item);
     }
-    const details = element("details", undefined, { open: group.length <= 12 });
+    const details = element("details", undefined, { open: group.length <= 24 });
     details.append(element("summary", group.length === 1 ? "1 record" : `${group.length} records`), list);
-    box.append(...commands, facts, details);
+    box.append(facts, ...commands, details);
     return box;
   };
 
