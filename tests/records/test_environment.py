@@ -14,6 +14,7 @@ from tests.records.samples import sample_record
 
 # Tools of development that take no part in any result.
 NOT_RECORDED = {
+    "submitit",
     "pytest",
     "hypothesis",
     "ruff",
