@@ -95,7 +95,7 @@ def run_language_speed(
     command: str,
     force: bool = False,
 ) -> list[Path]:
-    """Measure every model that has no record yet; one record per model, phase, dtype and compilation.
+    """Measure what has no record yet; one record per model, phase, context, batch, dtype and compilation.
 
     Args:
         models: name to ``{source, plans, rivals}``: ``source`` is ``{name: ...}`` of
@@ -133,8 +133,8 @@ def run_language_speed(
         {
             "model": name,
             **model,
-            # A record of its own for each, so that one that fails does not take the other with it.
-            "phases": {phase: sizes},
+            # A record of its own for each, so that one that fails or is killed does not take the others with it.
+            "phases": {phase: {"contexts": [context], "batches": [batch]}},
             "dtype": dtype,
             "compilation": compilation,
             "eager_up_to": eager_up_to,
@@ -148,6 +148,8 @@ def run_language_speed(
         }
         for name, model in checked_models(models, limits).items()
         for phase, sizes in phases_within(phases, speed.get("max_context"), tokens_per_call).items()
+        for context in sizes["contexts"]
+        for batch in sizes["batches"]
         for dtype in speed.get("dtypes") or dtypes
         for compilation in compilations
     ]
@@ -163,18 +165,29 @@ def run_language_speed(
     require_writable(store)
     records = RecordStore(store)
     paths = []
+    last: tuple[Any, LanguageModel] | None = None
     for config in configs:
         if force or records.find(EXPERIMENT, config) is None:
-            records.save(run(config, command=command, scale=profile["name"]))
+            wanted = {key: config[key] for key in ("source", "dtype", "device", "seed")}
+            if last is None or last[0] != wanted:
+                # The old model's memory first.
+                last = None
+                last = wanted, _load(config)
+                sizes = [one["phases"] for one in configs if wanted.items() <= one.items()]
+                _require_possible_model(last[1], [cell for phase in sizes for cell in cells_of(phase)])
+            records.save(run(config, last[1], command=command, scale=profile["name"]))
         paths.append(records.path_for(EXPERIMENT, config))
     return paths
 
 
-def run(config: Mapping[str, Any], *, command: str = "", scale: str = "offline") -> dict[str, Any]:
+def run(
+    config: Mapping[str, Any], loaded: LanguageModel, *, command: str = "", scale: str = "offline"
+) -> dict[str, Any]:
     """Measure one model and return the run record.
 
     Args:
         config: see :func:`run_language_speed`, whose records carry it.
+        loaded: its model.
         command: what to type to repeat the run.
         scale: ``smoke``, ``offline`` or ``paper``.
     """
@@ -185,9 +198,7 @@ def run(config: Mapping[str, Any], *, command: str = "", scale: str = "offline")
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
             torch.manual_seed(config["seed"])
-            loaded = _load(config)
             cells = list(cells_of(config["phases"]))
-            _require_possible_model(loaded, cells)
             left_out = _too_large(loaded.model, cells, device)
             kept = [cell for cell in cells if str(cell) not in left_out]
             _announce(loaded.model, config, kept, device)

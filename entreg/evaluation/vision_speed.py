@@ -103,7 +103,7 @@ def run_vision_speed(
     command: str,
     force: bool = False,
 ) -> list[Path]:
-    """Measure every model that has no record yet; one record per model, dtype and compilation.
+    """Measure what has no record yet; one record per model, dtype, compilation and batch.
 
     Args:
         models: name to ``{name, options, plans, rivals, unfused}``: timm's name and keyword arguments, our plans and
@@ -131,7 +131,8 @@ def run_vision_speed(
         {
             "model": name,
             **_checked_model(name, model, profile.get("model_options", {})),
-            "batches": [batch for batch in batches if batch <= profile.get("max_batch", batch)],
+            # A record of its own for each, so that one that is killed does not take the others with it.
+            "batches": [batch],
             "dtype": dtype,
             "compilation": compilation,
             "repeats": profile["repeats"],
@@ -143,9 +144,11 @@ def run_vision_speed(
         for name, model in models.items()
         for dtype in dtypes
         for compilation in compilations
+        for batch in batches
+        if batch <= profile.get("max_batch", batch)
     ]
     speed_device(device)
-    if not configs or not configs[0]["batches"] or min(batches) < 1:
+    if not configs or min(batches) < 1:
         raise ConfigError("the speed benchmark needs a model, a dtype, a compilation and a batch of at least 1")
     for compilation in compilations:
         if compilation not in COMPILATIONS:

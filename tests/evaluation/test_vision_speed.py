@@ -72,10 +72,13 @@ def images(model):
 def record(tmp_path_factory):
     store = tmp_path_factory.mktemp("runs")
     paths = run_vision_speed(**arguments(), store=store)
-    written = paths[0].read_text()
+    written = [path.read_text() for path in paths]
     assert run_vision_speed(**arguments(command="another"), store=store) == paths
-    assert paths[0].read_text() == written
-    return json.loads(written)
+    assert [path.read_text() for path in paths] == written
+    records = [json.loads(text) for text in written]
+    # One batch each, so that a killed benchmark goes on behind the last one that it finished.
+    assert [{row["batch"] for row in one["rows"]} for one in records] == [{1}, {2}]
+    return records[0] | {"rows": [row for one in records for row in one["rows"]]}
 
 
 def test_every_candidate_has_a_row_with_what_ran(record):
