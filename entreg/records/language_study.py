@@ -72,6 +72,7 @@ _METHOD_LABELS = {
 }
 
 _PLAN_LABELS = {
+    "ours_fine": "ours, fine blocks",
     "window": "sink + window (StreamingLLM)",
     "topk": "best keys per row (oracle)",
     "oracle": "best blocks (oracle)",
