@@ -122,8 +122,8 @@ def aims(records: list[dict[str, Any]]) -> Table | None:
             f"{met} of {judged} judged aims met, {len(rows)} set. The default plan on SmolLM2-135M, offline scale; "
             f"speed end to end in {DTYPE} on a CPU, over the fastest way to run the dense model with fused attention.",
             *(f"Quality: {study.circumstances}." for study in studies[:1]),
-            "With fine blocks: the plan that puts quality first (blocks of 16, mixed estimates), in the same records; it "
-            "is not judged.",
+            "With fine blocks: the plan that puts quality first (blocks of 16, mixed estimates), in the same records;"
+            " it is not judged.",
             f"A plan counts as at 75 % when it realises that within {100 * SPARSITY_TOLERANCE:.0f} points. Intervals "
             "are 95 %, paired by window or article; the verdict goes by the mean.",
         ],
