@@ -209,7 +209,10 @@ def _as_sentence(error: Exception, config_name: str, folder: Path) -> EntregErro
             return cause
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     if isinstance(error, OverrideParseException):
-        return ConfigError(f"The override {error.override!r} cannot be read ({first_line}); write it as key=value.")
+        return ConfigError(
+            f"The override {error.override!r} cannot be read ({first_line}); write it as key=value, a value with other "
+            """than plain characters in quotes of its own: "key='value'"."""
+        )
     if isinstance(error, MissingConfigException):
         return ConfigError(_missing_config(error, first_line, folder))
     key = re.match(r"Could not override '([^']+)'", str(error))
