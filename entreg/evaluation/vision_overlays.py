@@ -30,7 +30,8 @@ def overlays(
 
     Args:
         model: stock timm model, on its device.
-        dataset: of items ``{"images", "labels"[, "masks"]}``, with ``raw(index)``, the image as (h, w, c) uint8.
+        dataset: of items ``{"images", "labels"[, "masks"]}``, with ``raw(index)``, the image as (h, w, c) uint8,
+            shown where it is not resized or cropped for the model.
         count: number of images, in [1, length of the data set].
         plans: pairs of the fields that name a plan and its mapping, as
             :func:`entreg.evaluation.vision_evaluation.expand_plans` gives them; only those of kind ``tokens`` count.
@@ -39,9 +40,9 @@ def overlays(
         gate: of a model trained with one.
 
     Returns:
-        ``grid``: rows and columns of patches; one entry per image each: pixels ``image``, (h, w) or (h, w, c),
-        ``labels``, the ``answers`` of the dense model, and ``mask``, the patches of the semantic mask (None without
-        masks). ``plans``: for each plan, under its words, the fields that name it and one entry per image each:
+        ``grid``: rows and columns of patches; one entry per image each: pixels ``image`` as the model sees them,
+        (h, w) or (h, w, c) in 0 ... 255; ``labels``, the ``answers`` of the dense model, and ``mask``, the patches of
+        the semantic mask (None without masks). ``plans``: for each plan, under its words, the fields that name it and one entry per image each:
         ``answers``; ``kept``, the patches that stay or that stand for a part; ``assignment``, for each patch the place
         in ``kept`` of the one that stands for it (-1: dropped); ``mass``, each patch's share of the selection score.
         Patches are numbered row by row.
@@ -61,7 +62,7 @@ def overlays(
         covered = [mask.nonzero().flatten().tolist() for mask in masks]
     result: dict[str, Any] = {
         "grid": list(grid),
-        "image": [_squeezed(dataset.raw(index)) for index in range(count)],
+        "image": [_picture(dataset.raw(index), seen) for index, seen in enumerate(images)],
         "labels": labels.tolist(),
         "answers": _answers(model, images, labels, precision).tolist(),
         "mask": covered,
@@ -107,5 +108,9 @@ def _shown(selection: Selection, prefix: int) -> dict[str, list[Any]]:
     }
 
 
-def _squeezed(image: Any) -> list[Any]:
-    return (image[..., 0] if image.shape[-1] == 1 else image).tolist()
+def _picture(raw: Any, seen: Tensor) -> list[Any]:
+    """The raw image, or, where the model sees another part of it, (c, h, w) that it sees, stretched to 0 ... 255."""
+    if raw.shape[:2] != seen.shape[1:]:
+        span = (seen.max() - seen.min()).clamp_min(1e-12)
+        raw = ((seen - seen.min()) / span * 255.0).round().byte().permute(1, 2, 0).numpy()
+    return (raw[..., 0] if raw.shape[-1] == 1 else raw).tolist()

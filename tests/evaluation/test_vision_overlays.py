@@ -140,3 +140,21 @@ def test_the_experiment_runs_each_method_with_its_own_reduction_and_leaves_the_s
     assert found["plain"]["trainer"] == study["trainer"]
     # A new key would change the hash by which the study's records are found.
     assert "overlays" not in study["evaluation"]
+
+
+def test_an_image_that_is_cropped_for_the_model_is_shown_as_the_model_sees_it(model, scenes):
+    class Cropped:
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return scenes[index]
+
+        def raw(self, index):
+            return np.zeros((50, 60, 1), dtype=np.uint8)
+
+    found = overlays(model, Cropped(), 2, expand_plans(DROP))
+    for picture, index in zip(found["image"], range(2), strict=True):
+        seen = scenes[index]["images"][0].numpy()
+        wanted = 255 * (seen - seen.min()) / (seen.max() - seen.min())
+        assert np.abs(np.array(picture) - wanted).max() <= 0.5 + 1e-3

@@ -359,6 +359,7 @@ def test_the_papers_command_runs_on_a_miniature(tmp_path):
         "evaluation.effective_support.context=256",
         "profile.language.plans=[ours,window]",
         "device=cpu",
+        f"tracker.directory={tmp_path}",
         f"store={tmp_path / 'runs'}",
         f"checkpoints={tmp_path / 'checkpoints'}",
     )

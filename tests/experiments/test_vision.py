@@ -274,10 +274,14 @@ def test_the_papers_vit_command_runs_on_a_miniature(tmp_path):
         "evaluation.plans.columns.levels=[0.5]",
         f"data.root={tmp_path / 'data'}",
         "data.subset=true",
+        f"tracker.directory={tmp_path}",
         f"store={tmp_path / 'runs'}",
         f"checkpoints={tmp_path / 'checkpoints'}",
     )
     assert done.returncode == 0, done.stderr
+    # Tracked by default, down to the pictures.
+    assert "track" not in done.stderr
+    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/overlays*.png"))) == 2
     records = RecordStore(tmp_path / "runs").load_all()
     assert [record["config"]["method"] for record in records if record["scale"] == "paper"].count("ours_a") == 1
     assert len(records) == 2
@@ -305,6 +309,7 @@ def test_the_papers_cifar_command_runs_on_a_miniature(tmp_path):
         "base.trainer.precision=float32",
         "evaluation.limit=4",
         f"data.root={tmp_path}",
+        f"tracker.directory={tmp_path}",
         f"store={tmp_path / 'runs'}",
         f"checkpoints={tmp_path / 'checkpoints'}",
     )
