@@ -42,10 +42,10 @@ def overlays(
     Returns:
         ``grid``: rows and columns of patches; one entry per image each: pixels ``image`` as the model sees them,
         (h, w) or (h, w, c) in 0 ... 255; ``labels``, the ``answers`` of the dense model, and ``mask``, the patches of
-        the semantic mask (None without masks). ``plans``: for each plan, under its words, the fields that name it and one entry per image each:
-        ``answers``; ``kept``, the patches that stay or that stand for a part; ``assignment``, for each patch the place
-        in ``kept`` of the one that stands for it (-1: dropped); ``mass``, each patch's share of the selection score.
-        Patches are numbered row by row.
+        the semantic mask (None without masks). ``plans``: for each plan, under its words, the fields that name it and
+        one entry per image each: ``answers``; ``kept``, the patches that stay or that stand for a part;
+        ``assignment``, for each patch the place in ``kept`` of the one that stands for it (-1: dropped); ``mass``, each
+        patch's share of the selection score. Patches are numbered row by row.
 
     Raises:
         ConfigError: a count out of range, or no token plan that chooses anything.
