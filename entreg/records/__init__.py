@@ -41,7 +41,8 @@ not hold what it shows. It must depend on nothing else: no files, clock or rando
                         reason="classical filter alone: 18x", unit="x", alternative=6.1)
 
 The verdict is not the measure's business: :func:`entreg.records.claims.judge` applies the rule written in
-``claims.yaml``. Footers (records, device, commit) are added to tables by themselves.
+``claims.yaml``. Footers (records, device, commit) are added to tables by themselves. A row that rests on some of its
+table's records only is a :class:`~entreg.records.tables.TracedRow`, which names them for the report's readers.
 """
 
 from entreg.records.record import SCALES, config_hash, new_record

@@ -81,7 +81,7 @@ def test_quality_is_told_at_the_level_nearest_75_and_the_loser_stays():
 
 def test_plans_are_tested_against_ours_in_pairs_of_windows():
     ours, window, pooled = [2.0, 2.5, 2.2, 2.4], [2.1, 2.9, 2.3, 2.45], [2.0, 2.6, 2.15, 2.5]
-    losses = {"dense": [1.9, 2.4, 2.1, 2.3], "ours": ours, "window": window, "pooled": pooled}
+    losses = {"dense": [1.9, 2.3, 2.15, 2.3], "ours": ours, "window": window, "pooled": pooled}
     rows = [text(plan, 0.0 if plan == "dense" else 0.75, values) for plan, values in losses.items()]
     found = {row["plan"]: row for row in rows_of(quality([language_record(rows)]))}
     raw = {plan: stats.ttest_rel(losses[plan], ours).pvalue for plan in ("dense", "window", "pooled")}
