@@ -89,7 +89,7 @@ def records(folder, clock):
 
 
 FAULTS = (
-    Fault("it is set back during a training", None, "durations count on; the weights are the same", training),
+    Fault("the clock is set back during a training", None, "durations count on; the weights are the same", training),
     Fault(
         "checkpoints have files of the wrong age",
         None,

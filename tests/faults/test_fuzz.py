@@ -231,10 +231,10 @@ def names(*members):
     return lambda: zipped([(f"pkg/data/{name}", b"x") for name in members])
 
 
-UNREADABLE = "archive does not hold a readable …"
-NOT_PINNED = "… in archive is not the pinned … (its SHA-256 differs)"
-UNSAFE = "archive holds a file with an unsafe name in …: …"
-TOO_LARGE = "archive holds more than … bytes in …; no packaged data are that large"
+UNREADABLE = "… does not hold a readable …"
+NOT_PINNED = "… in … is not the pinned … (its SHA-256 differs)"
+UNSAFE = "… holds a file with an unsafe name in …: …"
+TOO_LARGE = "… holds more than … bytes in …; no packaged data are that large"
 
 
 def one_file(make):

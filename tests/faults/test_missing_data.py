@@ -210,7 +210,7 @@ FAULTS = (
         STOPPED.format(
             "a process that loads data was killed, most likely for want of memory; lower num_workers or batch_size"
         ),
-        KEPT,
+        "the last checkpoint; the same command ends with the same weights",
         killed_worker,
     ),
     Fault("parquet files disappear in mid-epoch", None, "training ends as if they were there", parquet_removed),
