@@ -207,26 +207,29 @@ def with_kept_blocks(scores: Tensor, visible: Tensor, local_blocks: int) -> Tens
     return scores.scatter(-1, _first_visible(scores, visible), torch.finfo(scores.dtype).max)
 
 
-def counts_by_entropy(scores: Tensor, count: int, visible: Tensor, densities: Sequence[float]) -> Tensor:
-    """Key blocks per row and head in proportion to exp(H), of the density that ``count`` for all would have.
+def counts_by_entropy(
+    scores: Tensor, least: int, density: float, visible: Tensor, densities: Sequence[float]
+) -> Tensor:
+    """Key blocks per row and head in proportion to exp(H), whose mean density is the largest up to a given one.
 
     H is the entropy in nats of a row's estimated distribution over blocks, the attention sink's left out; exp(H) is
     averaged over the rows.
 
     Args:
         scores: (batch, key_heads, query_blocks, key_blocks), non-negative.
-        count: of the uniform budget, at least 1.
+        least: fewest blocks per row, at least 1.
+        density: that is not exceeded, unless by ``least`` blocks for all.
         visible: bool, broadcastable to the scores.
         densities: for 1, 2, ... key blocks per row the density that they have.
 
     Returns:
-        (batch, key_heads) int64, each at least min(count, 3): sink, own block and one to choose.
+        (batch, key_heads) int64, each at least ``least``.
     """
     mass = scores.masked_fill(~visible, 0.0).scatter(-1, _first_visible(scores, visible), 0.0)
     mass = mass / mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
     support = entropy_of_masses(mass).exp().mean(-1).double().cpu()
     table = torch.tensor(densities, dtype=torch.float64)
-    least, most = min(count, LEAST_CHOICE), len(densities)
+    most = len(densities)
     low, high = torch.zeros(len(support), 1, dtype=torch.float64), torch.full((len(support), 1), float(most))
 
     def counts_at(factor: Tensor) -> Tensor:
@@ -235,7 +238,7 @@ def counts_by_entropy(scores: Tensor, count: int, visible: Tensor, densities: Se
     # The density is a step function that grows with the factor: bisection finds the largest that is not too dense.
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        fits = table[counts_at(middle) - 1].mean(-1, keepdim=True) <= densities[count - 1]
+        fits = table[counts_at(middle) - 1].mean(-1, keepdim=True) <= density
         low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
     return counts_at(low).to(scores.device)
 

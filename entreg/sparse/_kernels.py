@@ -54,7 +54,13 @@ def require_kernels(q: Tensor, k: Tensor, v: Tensor, size: int, scale: float, ma
 
 
 def chosen_by_kernels(
-    q: Tensor, k: Tensor, sparsity: DecoderSparsity, count: int, densities: Sequence[float], scale: float
+    q: Tensor,
+    k: Tensor,
+    sparsity: DecoderSparsity,
+    count: int,
+    density: float,
+    densities: Sequence[float],
+    scale: float,
 ) -> tuple[Tensor, BlockLists]:
     """A prompt's blocks for a ``uniform`` or ``entropy`` budget.
 
@@ -63,6 +69,7 @@ def chosen_by_kernels(
         k: (batch, key_heads, m, d).
         sparsity: with one of the :data:`FUSED_SELECTIONS`.
         count: key blocks per row of the uniform budget.
+        density: of the budget, not rounded to whole blocks.
         densities: for 1, 2, ... key blocks per row the density that they have.
         scale: factor of the logits.
 
@@ -76,7 +83,7 @@ def chosen_by_kernels(
     counts = (
         count
         if sparsity.budget == "uniform"
-        else shared_counts(estimated, count, first, min(count, LEAST_CHOICE), densities)
+        else shared_counts(estimated, density, first, min(count, LEAST_CHOICE), densities)
     )
     return kept_blocks(estimated, counts, first, sparsity.local_blocks, sparsity.dense_tail_blocks)
 

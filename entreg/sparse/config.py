@@ -258,7 +258,8 @@ class DecoderSparsity:
             is answered from there.
         budget: how many blocks each row of blocks has: ``uniform``: the same number; ``entropy``: numbers per key head
             in proportion to exp(H) of its estimated distribution over blocks; ``mass``: those blocks of all rows and
-            heads of a layer that have the most estimated attention mass. All realise the same sparsity.
+            heads of a layer that have the most estimated attention mass. All keep to the same sparsity; the last two
+            come closer to it, because ``uniform`` is rounded to whole blocks for all at once.
         page_size: keys per page in decoding, at least 1.
         decode_sparsity: of writing, in [0, 1), of the keys in the cache; None: as ``sparsity``; 0: dense.
         layers: indices from 0 of the layers it acts on; None for all.

@@ -19,6 +19,7 @@ from entreg.sparse import _pages_cpu
 from entreg.sparse._blocks import highest_blocks, visible_blocks
 from entreg.sparse._counting import block_entries, dense_entries, num_blocks
 from entreg.sparse._decoder_selection import (
+    LEAST_CHOICE,
     block_scores,
     blocks_by_mass,
     counts_by_entropy,
@@ -159,12 +160,14 @@ def _prompt_plan(
     size = 1 if sparsity.selection == "topk" else sparsity.block_size
     entries = selection_entries(sparsity, n, m)
     densities = block_densities(n, m, size, True, sparsity.dense_tail_blocks)
-    count = blocks_within(densities, 1.0 - sparsity.sparsity - entries / dense_entries(n, m, True))
+    # What heads do not use of it, others may; a budget that is alike for all is rounded down to whole blocks.
+    density = 1.0 - sparsity.sparsity - entries / dense_entries(n, m, True)
+    count = blocks_within(densities, density)
     if count < _LEAST_BLOCKS or count == len(densities):
         return None
     kernels = kernels and sparsity.selection in FUSED_SELECTIONS
     if kernels and sparsity.budget != "mass":
-        return _block_plan(q, k, *chosen_by_kernels(q, k, sparsity, count, densities, factor), size, entries)
+        return _block_plan(q, k, *chosen_by_kernels(q, k, sparsity, count, density, densities, factor), size, entries)
     visible = visible_blocks(n, m, size, q.device) if mask is None else visible_from_mask(mask, size)
     if kernels:
         estimated = estimated_by_kernels(q, k, sparsity, count, factor)
@@ -174,10 +177,12 @@ def _prompt_plan(
     tail = torch.arange(scores.shape[2], device=q.device) >= scores.shape[2] - sparsity.dense_tail_blocks
     if sparsity.budget == "mass":
         scores = scores.masked_fill(tail[:, None], torch.finfo(scores.dtype).max)
-        total = densities[count - 1] * dense_entries(n, m, True)
+        total = density * dense_entries(n, m, True)
         chosen = blocks_by_mass(scores, total, visible, block_entries(n, m, size, True, q.device))
     else:
-        counts = count if sparsity.budget == "uniform" else counts_by_entropy(estimated, count, visible, densities)
+        counts = count
+        if sparsity.budget == "entropy":
+            counts = counts_by_entropy(estimated, min(count, LEAST_CHOICE), density, visible, densities)
         chosen = highest_blocks(scores, counts, 0, visible) | (visible & tail[:, None])
     return _block_plan(q, k, chosen, None, size, entries)
 

@@ -127,8 +127,9 @@ def test_selection_is_that_of_the_other_backends(selection, size, pool, number, 
         found.double().masked_fill(~visible, 0.0), expected.masked_fill(~visible, 0.0), rtol=1e-4, atol=1e-6
     )
     densities = block_densities(n, m, size, True, 1)
-    counts = shared_counts(found, count, first, 3, densities)
-    assert torch.equal(counts.long(), counts_by_entropy(found.double(), count, visible, densities))
+    density = 0.4 * densities[count - 1] + 0.6 * densities[count]
+    counts = shared_counts(found, density, first, 3, densities)
+    assert torch.equal(counts.long(), counts_by_entropy(found.double(), 3, density, visible, densities))
     for wanted, local, tail in ((count, 0, 0), (count, 2, 1), (counts, 1, 0)):
         mask, lists = kept_blocks(found, wanted, first, local, tail)
         scores = with_kept_blocks(found, visible, local)

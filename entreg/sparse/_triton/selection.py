@@ -54,12 +54,12 @@ def estimated_blocks(q: Tensor, k: Tensor, sparsity: DecoderSparsity, count: int
     return _compared(sampled, pooled, sparsity, count, (k.shape[2] - q.shape[2]) // sparsity.block_size)
 
 
-def shared_counts(estimated: Tensor, count: int, first: int, least: int, densities: Sequence[float]) -> Tensor:
+def shared_counts(estimated: Tensor, density: float, first: int, least: int, densities: Sequence[float]) -> Tensor:
     """Key blocks per row by entropy; as :func:`entreg.sparse._decoder_selection.counts_by_entropy`.
 
     Args:
         estimated: (batch, key_heads, query_blocks, key_blocks) float32.
-        count: of the uniform budget.
+        density: that is not exceeded.
         first: key block of the first row of blocks.
         least: fewest blocks per row.
         densities: for 1, 2, ... key blocks per row the density that they have.
@@ -73,7 +73,8 @@ def shared_counts(estimated: Tensor, count: int, first: int, least: int, densiti
     _support_kernel[(batch * heads * rows,)](
         estimated, support, rows, columns, first, COLUMNS=padded, num_warps=_warps(padded)
     )
-    table = torch.tensor(densities, dtype=torch.float64)
+    # The wanted density as the last entry: a number among the kernel's arguments would be float32.
+    table = torch.tensor([*densities, density], dtype=torch.float64)
     if estimated.is_cuda:
         # Pinned, so that nobody waits for the copy.
         table = table.pin_memory().to(estimated.device, non_blocking=True)
@@ -83,7 +84,6 @@ def shared_counts(estimated: Tensor, count: int, first: int, least: int, densiti
         table,
         counts,
         heads,
-        count,
         least,
         len(densities),
         HEADS=power_of_two(heads),
@@ -572,13 +572,13 @@ def _support_kernel(estimated, support, rows, columns, first, COLUMNS: tl.conste
 
 
 @triton.jit
-def _share_kernel(support, densities, counts, heads, count, least, most, HEADS: tl.constexpr, BISECTIONS: tl.constexpr):
+def _share_kernel(support, densities, counts, heads, least, most, HEADS: tl.constexpr, BISECTIONS: tl.constexpr):
     # The density is a step function that grows with the factor: bisection finds the largest that is not too dense.
     head = tl.arange(0, HEADS)
     real = head < heads
     begin = tl.program_id(0) * heads
     x = tl.load(support + begin + head, mask=real, other=0.0)
-    density = tl.load(densities + count - 1)
+    density = tl.load(densities + most)
     low = tl.zeros([1], tl.float64)
     high = low + most
     for _ in range(0, BISECTIONS):
