@@ -13,11 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from entreg import distributed
 from entreg.atomic import require_writable
-from entreg.errors import BusyError, ConfigError
+from entreg.errors import BusyError, ConfigError, ProcessError
 from entreg.records.store import RecordStore
 from entreg.runs.directory import RunDirectory, described
 from entreg.runs.lock import Attempt, told
-from entreg.runs.multirun import is_multirun, needs_value, plan_job
+from entreg.runs.multirun import is_multirun, launch_time, needs_value, plan_job
 
 NOT_RECORDED = ("store", "checkpoints", "resume", "force", "study", "profile", "objective", "tracker")
 """Keys of an entry configuration that do not decide a run's result."""
@@ -94,7 +94,7 @@ def run_all(runs: Sequence[Run], *, store: str | Path, command: str, force: bool
         BusyError: another process is at a run, and this one does not wait for it.
         Exception: what the first run that failed did.
     """
-    records = RecordStore(store)
+    records, since = RecordStore(store), launch_time()
     found: dict[int, dict[str, Any]] = {}
     failures: list[Exception] = []
     left = list(range(len(runs)))
@@ -106,8 +106,9 @@ def run_all(runs: Sequence[Run], *, store: str | Path, command: str, force: bool
             todo, left = left, []
             for number in todo:
                 try:
+                    which = f"{number + 1} of {len(runs)}"
                     found[number] = _run_once(
-                        runs[number], records, command, force, wait, f"{number + 1} of {len(runs)}"
+                        runs[number], records, command, force, wait=wait, since=since, which=which
                     )
                 except BusyError:
                     left.append(number)
@@ -133,32 +134,52 @@ def _planned(run: Run, records: RecordStore) -> tuple[str, Path, Path]:
     return f"{run.experiment} {run.label}", directory, records.path_for(run.experiment, run.config)
 
 
-def _run_once(run: Run, records: RecordStore, command: str, force: bool, wait: bool, which: str) -> dict[str, Any]:
+def _run_once(
+    run: Run, records: RecordStore, command: str, force: bool, *, wait: bool, since: float, which: str
+) -> dict[str, Any]:
     """The record of a run, which is run if it has none.
+
+    Args:
+        run, records, command, force: see :func:`run_all`.
+        wait: for another process that is at it.
+        since: when all of this was launched, in seconds since the epoch.
+        which: of how many runs it is.
 
     Raises:
         BusyError: another process is at it, and ``wait`` is not asked for.
+        ProcessError: it failed in another process meanwhile.
     """
     directory = RunDirectory.of(records.root, run.experiment, run.config)
     attempt: Attempt | None = None
 
-    def decide() -> tuple[dict[str, Any] | None, bool]:
-        nonlocal attempt
+    def look() -> dict[str, Any] | str | None:
+        """The record, or why the run failed since this process was launched: it is not for this one to try again."""
         record = None if force else records.find(run.experiment, run.config)
-        if record is None:
-            attempt = directory.lock.wait(f"{run.experiment} {run.label}") if wait else directory.lock.acquire()
-        if attempt is not None and not force:
-            # Whoever had the lock until now may have finished the run.
-            record = records.find(run.experiment, run.config)
-        if record is not None:
-            directory.confirm_done(records.path_for(run.experiment, run.config))
-            if attempt is not None:
-                attempt.end("nothing to do")
-        return record, attempt is not None
+        return directory.failure(since) if record is None else record
 
-    record, mine = distributed.from_first(decide)
-    if record is not None:
-        return record
+    def decide() -> tuple[dict[str, Any] | str | None, bool]:
+        nonlocal attempt
+        found = look()
+        if found is None:
+            attempt = directory.lock.wait(f"{run.experiment} {run.label}") if wait else directory.lock.acquire()
+        if attempt is not None:
+            try:
+                # What became of it in the hands of whoever had the lock until now.
+                found = look()
+            except Exception:
+                attempt.end("failed")
+                raise
+            if found is not None:
+                attempt.end("nothing to do")
+        if isinstance(found, dict):
+            directory.confirm_done(records.path_for(run.experiment, run.config))
+        return found, attempt is not None
+
+    found, mine = distributed.from_first(decide)
+    if isinstance(found, str):
+        raise ProcessError(f"{found} (in another process, see {directory.log})")
+    if found is not None:
+        return found
     if not mine:
         raise BusyError(f"Another process is at {run.experiment} {run.label}.")
     print(f"run {which}: {run.experiment} {run.label}")

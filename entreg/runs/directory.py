@@ -48,10 +48,17 @@ class RunDirectory:
         """Everything that the run printed."""
         return self.path / LOG
 
-    def failure(self) -> str | None:
-        """What ended the newest attempt, see :func:`described`, or None if it did not fail."""
+    def failure(self, since: float | None = None) -> str | None:
+        """What ended the newest attempt, see :func:`described`, or None if it did not fail.
+
+        Args:
+            since: seconds since the epoch; a failure before does not count.
+        """
+        path = self.path / FAILED
         try:
-            return (self.path / FAILED).read_text(encoding="utf-8").partition("\n")[0]
+            if since is not None and path.stat().st_mtime < since:
+                return None
+            return path.read_text(encoding="utf-8").partition("\n")[0]
         except (FileNotFoundError, NotADirectoryError):
             return None
 

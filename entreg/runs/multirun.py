@@ -11,7 +11,9 @@ import functools
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,8 @@ def sweep_name(arguments: Sequence[str]) -> str:
         name = script
     return f"{name}-{hashlib.sha256(json.dumps([script, deciding]).encode()).hexdigest()[:8]}"
 
+
+_LAUNCHED: ContextVar[float] = ContextVar("launched")
 
 # For ``hydra.sweep.dir``: the value is made where a multirun begins, and travels to its jobs in Hydra's cache.
 OmegaConf.register_new_resolver("sweep_name", lambda: sweep_name(sys.argv), use_cache=True, replace=True)
@@ -92,6 +96,7 @@ class Task:
     def __init__(self, function: Callable[[DictConfig], Any], sentence: Callable[[Exception], EntregError]) -> None:
         functools.update_wrapper(self, function)
         self.function, self.sentence = function, sentence
+        self.launched = time.time()
         self.failure: EntregError | None = None
         self.entered = False
 
@@ -119,6 +124,7 @@ class Task:
         from entreg.cli import command_line
 
         job = current_job()
+        _LAUNCHED.set(self.launched)
         try:
             with job.attempting(command_line()) if distributed.is_first() else contextlib.nullcontext():
                 value = self._said(config)
@@ -152,6 +158,11 @@ def current_job() -> Job:
     """The job that this call is, of a multirun or of a plain one."""
     settings = HydraConfig.get()
     return Sweep(settings.sweep.dir).job(OmegaConf.to_container(settings.overrides.task))
+
+
+def launch_time() -> float:
+    """Seconds since the epoch at which the multirun was launched that this call belongs to; now if it is none."""
+    return _LAUNCHED.get() if is_multirun() else time.time()
 
 
 def script_name() -> str:

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from entreg.errors import InputError
 from entreg.records.store import RecordStore
 from entreg.runs.directory import RunDirectory
 from entreg.runs.sweep import Sweep
@@ -194,3 +195,19 @@ def test_a_run_that_another_process_is_at_is_waited_for(project):
     process.communicate(timeout=60)
     assert process.returncode == 0
     assert project.traces("end") == [3]
+
+
+def test_what_fails_in_the_hands_of_another_process_is_not_tried_again(project):
+    config = {"seconds": 0.0, "refused": [], "defects": [], "number": 3}
+    directory = RunDirectory.of(project.folder / "runs", "tests/sweep", config)
+    attempt = directory.lock.acquire()
+    process = project.start("number=3")
+    assert "is in the hands of process" in process.stderr.readline()
+    with pytest.raises(InputError), directory.attempting(attempt, config, "x"):
+        raise InputError("3 is no good.")
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 2
+    assert err.startswith("Error: 3 is no good. (in another process, see ")
+    assert project.traces("begin") == []
+    # Whoever is launched later tries.
+    assert project.run("number=3")[0] == 0
