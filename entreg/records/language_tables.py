@@ -13,6 +13,7 @@ from entreg.records.language_study import (
     LANGUAGE,
     OURS,
     PLAIN,
+    SPARSITY_TOLERANCE,
     TRAINING,
     LanguageStudy,
     is_default,
@@ -225,7 +226,7 @@ def training(records: Records) -> Table | None:
         for plan in study.plans()
         for level in study.levels(plan)
         for method in study.methods
-        if study.gaps(method, plan, level)
+        if study.gaps(method, plan, level) and _at_level(study, method, plan, level)
     ]
     if not rows:
         return None
@@ -248,10 +249,18 @@ def training(records: Records) -> Table | None:
             f"1 the regulariser helped.{how_long}",
             "Effective support: exp of the mean row entropy of the trained model's dense attention, mean over layers "
             "and heads, in keys.",
+            f"Left out: plans that missed their level by more than {100 * SPARSITY_TOLERANCE:.0f} points, as where the "
+            "budget leaves no choice and attention runs dense.",
         ],
         align="llrl" + "r" * 7,
         record_ids=_ids(studies),
     )
+
+
+def _at_level(study: LanguageStudy, method: str, plan: str, level: float) -> bool:
+    """Whether a plan came near its level; where a sequence is too short for the budget it runs dense."""
+    found = study.realised(method, plan, level, ["perplexity"])
+    return found is None or abs(found[0] - level) <= SPARSITY_TOLERANCE
 
 
 def _training_row(study: LanguageStudy, method: str, plan: str, level: float) -> TracedRow:

@@ -185,6 +185,16 @@ def test_training_is_compared_with_plain_steps_by_seed():
     assert quality(records) is None
 
 
+def test_training_leaves_out_plans_that_ran_dense():
+    records = [trained("plain", 0, 2.0, 2.1), trained("row_entropy", 0, 2.0, 2.0)]
+    for row in records[1]["rows"]:
+        if row["plan"] != "dense":
+            row["realised_sparsity"] = 0.0
+    table = training(records)
+    assert [row["training"] for row in rows_of(table)] == ["plain steps (cross-entropy only)"]
+    assert any("Left out" in note for note in table.notes)
+
+
 def test_training_without_plain_steps_has_no_differences():
     (row,) = rows_of(training([trained("row_entropy", 0, 2.0, 2.1)]))
     assert (row["gap − that of plain steps"], row["sparse perplexity / that of plain steps"]) == ("–", "–")
