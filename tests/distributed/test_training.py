@@ -1,6 +1,7 @@
 """Training in two processes against one: the same losses and weights; a process that dies; fully sharded weights."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from entreg import distributed
 from entreg.adapters.language_models import random_language_model
 from entreg.errors import ConfigError
+from entreg.evaluation.costs import state_bytes
 from entreg.training.checkpoints import latest_checkpoint, read_checkpoint
 from entreg.training.loop import TrainingSettings
 from entreg.training.sharding import check_sharding, sharding_wanted
@@ -83,13 +85,17 @@ def test_a_killed_process_ends_the_run_with_one_sentence_and_a_whole_checkpoint(
 @pytest.mark.slow
 def test_sharded_processes_go_on_from_the_checkpoint_of_one(tmp_path):
     settings = {"gradient_accumulation": 2, "gradient_checkpointing": True}
-    training.run(tmp_path / "alone", settings)
+    _, model = training.run(tmp_path / "alone", settings)
     shutil.copytree(tmp_path / "alone", tmp_path / "sharded")
     shutil.rmtree(tmp_path / "sharded" / "checkpoints" / "step-00000006")
     done = start(tmp_path / "sharded", settings=settings, launcher=accelerate("fsdp"))
     assert done.returncode == 0, done.stderr
     assert "4/6" in done.stderr
-    assert "sharded: True" in done.stdout
+    # What the first process then holds is what the costs say: half of every weight, rounded up to whole rows.
+    held = int(re.search(r"weights of this process: (\d+)", done.stdout)[1])
+    gathered = sum(one.numel() for name, one in model.named_parameters() if "layers.1." not in name)
+    assert state_bytes(model, 2) == 16 * held + 4 * gathered
+    assert held == pytest.approx(sum(one.numel() for one in model.parameters()) / 2, rel=0.02)
     assert_same_training(tmp_path / "sharded", tmp_path / "alone")
 
 

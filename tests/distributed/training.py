@@ -28,7 +28,7 @@ SETTINGS = {
 
 
 def run(directory, settings=None, kill=None, **options):
-    """Train; gives the result. ``kill`` names the process and the step in which it dies."""
+    """Train; gives the result and the model. ``kill`` names the process and the step in which it dies."""
     model = prepare_language_training(random_language_model("smollm2_135m", TINY).model, {"kind": "full"})
     penalty = penalty_from_mapping({"quantity": "row_entropy", "weight": 0.1, "num_sampled_queries": None})
     captures = probe(model)
@@ -42,13 +42,15 @@ def run(directory, settings=None, kill=None, **options):
 
     data = TokenWindows(windows(21, 16))
     chosen = TrainingSettings(**{**SETTINGS, **(settings or {})})
-    return train(model, lethal, data, chosen, directory, device="cpu", **options)
+    return train(model, lethal, data, chosen, directory, device="cpu", **options), model
 
 
 @entry_point
 def main():
     with distributed.joined("cpu"):
-        print("sharded:", run(**json.loads(sys.argv[1])).sharded)
+        result, model = run(**json.loads(sys.argv[1]))
+        if result.sharded:
+            print("weights of this process:", sum(one.to_local().numel() for one in model.parameters()))
 
 
 if __name__ == "__main__":
