@@ -11,6 +11,7 @@ models. Plans and methods that have no measured time of their own count like den
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,13 +112,7 @@ class Experiment:
     def spread_seconds(self, unit: Callable[[Piece], float | None], gpus: int) -> float | None:
         """Of the whole study, each run on one GPU, begun in order as soon as one is free."""
         times = [self.run_seconds(run, unit, 1) for run in self.runs]
-        if None in times:
-            return None
-        busy = [0.0] * gpus
-        for time in times:
-            first = busy.index(min(busy))
-            busy[first] += time
-        return max(busy)
+        return None if None in times else _queued(times, gpus)
 
     @staticmethod
     def run_seconds(run: Sequence[Piece], unit: Callable[[Piece], float | None], gpus: int) -> float | None:
@@ -130,6 +125,15 @@ class Experiment:
         """On disk when all runs have ended."""
         kept = OPTIMIZER_BYTES["weight"] + OPTIMIZER_BYTES["moments"]
         return len(self.runs) * self.checkpoints * kept * self.trained
+
+
+def _queued(times: Sequence[float], gpus: int) -> float:
+    """When the last run ends if each has one GPU, begun in order as soon as one is free."""
+    busy = [0.0] * gpus
+    for time in times:
+        first = busy.index(min(busy))
+        busy[first] += time
+    return max(busy)
 
 
 class Measured:
@@ -350,6 +354,7 @@ def cost_tables(experiments: Sequence[Experiment], records: Sequence[Mapping[str
             *notes,
         ],
     )
+    finished = _finished(records)
     memory = []
     for name in ("llama_2_7b", "mistral_7b", "phi_2"):
         model = empty_decoder(name)
@@ -364,7 +369,40 @@ def cost_tables(experiments: Sequence[Experiment], records: Sequence[Mapping[str
             "and of what belongs to none; activations come on top, few with `trainer.gradient_checkpointing=true`."
         ],
     )
-    return [studies, states]
+    return [studies, *([] if finished is None else [finished]), states]
+
+
+def _finished(records: Sequence[Mapping[str, Any]]) -> Table | None:
+    """What the runs that have records of a GPU took, as a whole and per item of training."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for one in sorted(records, key=lambda one: one["id"]):
+        if one["device"]["gpu"] is not None and one["scale"] != "smoke" and "trainer" in one["config"]:
+            groups.setdefault((one["experiment"], one["device"]["gpu"]), []).append(one)
+    rows = []
+    for (experiment, gpu), runs in sorted(groups.items()):
+        times = [one["wall_seconds"] for one in runs]
+        paces = [
+            one["metrics"]["training_steps"]
+            * one["config"]["trainer"]["batch_size"]
+            / one["metrics"]["training_seconds"]
+            for one in runs
+            if one["metrics"].get("training_steps")
+        ]
+        hours = [_hours(_queued(times, gpus)) for gpus in GPUS]
+        rows.append([experiment, gpu, len(runs), statistics.median(paces) if paces else None, *hours])
+    if not rows:
+        return None
+    hours = [f"hours on {gpus}" for gpus in GPUS]
+    return Table(
+        name="scale-out-finished",
+        title="Studies with records of a GPU",
+        columns=["study", "GPU", "runs", "images or windows per second", *hours],
+        rows=rows,
+        notes=[
+            "Of the records' own clocks, evaluation and loading of the model included; the pace is the median of the "
+            "runs' training. On several GPUs each run has one to itself."
+        ],
+    )
 
 
 def _hours(seconds: float) -> str:

@@ -161,6 +161,22 @@ def test_language_models_read_and_write_at_the_pace_of_the_next_longer_context()
     assert next(iter(measured.used.values()))["gpu"] == "GPU"
 
 
+def test_studies_with_records_of_a_gpu_are_told_with_their_own_times():
+    def run(number, seconds, steps):
+        metrics = {"training_steps": steps, "training_seconds": 4.0} if steps else {"training_seconds": 0.0}
+        one = record("llm/training", "smollm2", [], gpu="GPU")
+        return {**one, "id": str(number), "wall_seconds": seconds, "metrics": metrics, "config": {"trainer": TRAINER}}
+
+    trainer_of_a_cpu = {**record("llm/training", "m", [], gpu=None), "config": {"trainer": TRAINER}}
+    records = [run(1, 3600.0, 10), run(2, 1800.0, 30), run(3, 900.0, 0), trainer_of_a_cpu]
+    _, table, _ = cost_tables([], records)
+    # 10 and 30 steps of 8 in four seconds; on eight GPUs the longest run decides.
+    assert table.rows == [["llm/training", "GPU", 3, 40.0, "1.75", "1.00", "1.00"]]
+
+
+TRAINER = {"batch_size": 8}
+
+
 def test_weights_are_those_of_the_published_models():
     assert parameters(empty_decoder("llama_2_7b")) == 6_738_415_616
     assert parameters(empty_decoder("mistral_7b")) == 7_241_732_096
