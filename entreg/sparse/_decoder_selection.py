@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, pad
 
 from entreg.entropy.soft_partition import entropy_of_masses
+from entreg.sparse._block_masses_cpu import block_masses
 from entreg.sparse._blocks import last_visible, pooled_block_scores
 from entreg.sparse._counting import num_blocks, query_offset
 from entreg.sparse._fused_entries import fused_entries
+from entreg.sparse._loops import serves
 from entreg.sparse.config import DecoderSparsity
 
 # Query blocks whose sampled rows are looked at together: their keys end at the last of them, so that little of the
@@ -288,6 +290,9 @@ def _sampled_scores(
     key_heads, m = k.shape[1], k.shape[2]
     factor = 1.0 / math.sqrt(width) if scale is None else float(scale)
     blocks = num_blocks(m, block_size)
+    if k.device.type == "cpu" and k.stride(2) != width:
+        # Each head's keys in one piece, for the products.
+        k = k.contiguous()
     within = ((torch.arange(number, device=q.device) + 0.5) * block_size / number).long()
     parts = []
     for start, end, keys in _chunks(block_size, n, m):
@@ -295,18 +300,42 @@ def _sampled_scores(
         # Blocks that are cut short by the first or last query repeat their nearest row.
         rows = (block[:, None] * block_size + within - query_offset(n, m, block_size, True)).clamp(0, n - 1).flatten()
         chosen = (q.index_select(2, rows) * factor).reshape(batch, key_heads, -1, width)
-        logits = (chosen @ k[:, :, :keys].transpose(-1, -2)).view(batch, heads, -1, keys)
-        logits = logits.to(torch.promote_types(q.dtype, torch.float32))
-        # All rows of the chunk see the keys before its first block.
-        seen = 0 if mask is not None else min((start + (m - n) // block_size) * block_size, keys)
-        if mask is None:
-            allowed = torch.arange(seen, keys, device=q.device) <= (rows + (m - n))[:, None]
+        logits = _products(chosen, k[:, :, :keys]).view(batch, heads, -1, keys)
+        if mask is None and serves(logits):
+            mass = block_masses(logits, (rows + (m - n) + 1).clamp_max(keys), block_size)
         else:
-            allowed = mask[:, :, :, :keys].index_select(2, rows)
-        logits[..., seen:].masked_fill_(~allowed, torch.finfo(logits.dtype).min)
-        mass = torch.softmax(logits, dim=-1)
-        ragged = -keys % block_size
-        mass = pad(mass, (0, ragged)) if ragged else mass
-        mass = mass.unflatten(-1, (-1, block_size)).sum(-1).unflatten(2, (end - start, number)).mean(3)
+            mass = _masses(logits, rows, start, block_size, n, m, mask)
+        mass = mass.unflatten(2, (end - start, number)).mean(3)
         parts.append(pad(mass, (0, blocks - mass.shape[-1])))
     return torch.cat(parts, dim=2)
+
+
+def _masses(
+    logits: Tensor, rows: Tensor, first_block: int, block_size: int, n: int, m: int, mask: Tensor | None
+) -> Tensor:
+    """Softmax over the keys that each row may see, summed over blocks of them; float32 or float64."""
+    keys = logits.shape[-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # All rows see the keys before their first block.
+    seen = 0 if mask is not None else min((first_block + (m - n) // block_size) * block_size, keys)
+    if mask is None:
+        allowed = torch.arange(seen, keys, device=logits.device) <= (rows + (m - n))[:, None]
+    else:
+        allowed = mask[:, :, :, :keys].index_select(2, rows)
+    logits[..., seen:].masked_fill_(~allowed, torch.finfo(logits.dtype).min)
+    mass = torch.softmax(logits, dim=-1)
+    ragged = -keys % block_size
+    mass = pad(mass, (0, ragged)) if ragged else mass
+    return mass.unflatten(-1, (-1, block_size)).sum(-1)
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """q k^T of (batch, heads, n, d) and (batch, heads, m, d)."""
+    if q.device.type != "cpu" or q.requires_grad or k.requires_grad:
+        return q @ k.transpose(-1, -2)
+    # One product per head: a batched one packs all keys anew for a few rows of queries, which takes far longer.
+    out = q.new_empty(*q.shape[:3], k.shape[2])
+    for batch in range(len(q)):
+        for head in range(q.shape[1]):
+            torch.mm(q[batch, head], k[batch, head].t(), out=out[batch, head])
+    return out

@@ -15,24 +15,10 @@ from numba import njit
 from torch import Tensor
 
 from entreg.geometry.parallel import chunk_ranges, run_chunks
+from entreg.sparse._loops import ANY_ORDER, INTEGERS, SHIFTS, exponentials, flat_memory, widen
 
-# Sums in any order: what lets them be computed in vector registers. Infinities and NaN keep their meaning.
-_SUMS = {"reassoc", "contract", "arcp", "nsz", "afn"}
-# bfloat16 is the upper half of float32.
-_SHIFTS = {torch.bfloat16: 16, torch.float32: 0}
-_INTEGERS = {torch.bfloat16: torch.uint16, torch.float32: torch.uint32}
 # Numbers of keys times d below which a second thread costs more than it saves.
 _WORTH_A_THREAD = 1 << 18
-
-
-def serves(*tensors: Tensor) -> bool:
-    """Whether the loops can take these tensors; all others take the operators."""
-    dtype = tensors[0].dtype
-    return (
-        all(one.device.type == "cpu" and one.dtype == dtype and one.stride(-1) == 1 for one in tensors)
-        and dtype in _SHIFTS
-        and not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors))
-    )
 
 
 def choose_pages(q: Tensor, means: Tensor, total: int, count: int, scale: float, maximum: bool) -> Tensor:
@@ -54,8 +40,8 @@ def choose_pages(q: Tensor, means: Tensor, total: int, count: int, scale: float,
     chosen = torch.zeros(batch * key_heads, total, dtype=torch.bool)
     _choose(
         q.reshape(batch * key_heads, -1).float().numpy(),
-        *_flat(means),
-        np.uint32(_SHIFTS[means.dtype]),
+        *flat_memory(means),
+        np.uint32(SHIFTS[means.dtype]),
         means.shape[2],
         count,
         np.float32(scale),
@@ -89,9 +75,9 @@ def attend_chosen_pages(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: i
     out = torch.empty(tasks, share * value_width)
     arguments = (
         q.reshape(tasks, -1).float().numpy(),
-        *_flat(k),
-        *_flat(v),
-        np.uint32(_SHIFTS[q.dtype]),
+        *flat_memory(k),
+        *flat_memory(v),
+        np.uint32(SHIFTS[q.dtype]),
         mask,
         size,
         m,
@@ -120,40 +106,7 @@ def known_pages(k: Tensor, last_keys: Tensor, size: int) -> int:
         last_keys: (batch, key_heads, pages, components) of k's dtype; pages at most m / size.
         size: keys per page.
     """
-    return _known(*_flat(k), last_keys.view(_INTEGERS[k.dtype]).numpy(), size)
-
-
-def _flat(x: Tensor) -> tuple[np.ndarray, int, int, int]:
-    """The memory of x (batch, heads, length, d) as integers of its width, and its three strides."""
-    extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
-    memory = x.detach().as_strided((max(extent, 0),), (1,)).view(_INTEGERS[x.dtype])
-    return memory.numpy(), *x.stride()[:3]
-
-
-@njit(cache=True, nogil=True, fastmath=_SUMS, inline="always")
-def _widen(memory: np.ndarray, start: int, length: int, shift: np.uint32, bits: np.ndarray, at: int) -> None:
-    """Numbers as the bits of float32."""
-    source, target = memory[start : start + length], bits[at : at + length]
-    for i in range(length):
-        target[i] = np.uint32(source[i]) << shift
-
-
-@njit(cache=True, nogil=True, fastmath=_SUMS, inline="always")
-def _exponentials(x: np.ndarray, length: int, exponents: np.ndarray, powers: np.ndarray) -> None:
-    """exp of numbers up to 0, in place, to 2e-7: 2^whole by its bits (``powers`` are those of ``exponents``)."""
-    for i in range(length):
-        y = max(x[i] * np.float32(math.log2(math.e)), np.float32(-126.0))
-        whole = np.floor(y)
-        f = y - whole
-        exponents[i] = (np.int32(whole) + np.int32(127)) << np.int32(23)
-        p = np.float32(1.8775767e-3)
-        p = p * f + np.float32(8.9893397e-3)
-        p = p * f + np.float32(5.5826318e-2)
-        p = p * f + np.float32(2.4015361e-1)
-        p = p * f + np.float32(6.9315308e-1)
-        x[i] = p * f + np.float32(9.9999994e-1)
-    for i in range(length):
-        x[i] *= powers[i]
+    return _known(*flat_memory(k), last_keys.view(INTEGERS[k.dtype]).numpy(), size)
 
 
 @njit(cache=True, nogil=True)
@@ -173,7 +126,7 @@ def _known(memory, stride_b, stride_h, stride_m, last_keys, size):
     return known
 
 
-@njit(cache=True, nogil=True, fastmath=_SUMS)
+@njit(cache=True, nogil=True, fastmath=ANY_ORDER)
 def _choose(
     q, memory, stride_b, stride_h, stride_m, shift, complete, count, scale, maximum, key_heads, share, d, chosen
 ):
@@ -187,7 +140,7 @@ def _choose(
     for task in range(len(q)):
         start = task // key_heads * stride_b + task % key_heads * stride_h
         for page in range(complete):
-            _widen(memory, start + page * stride_m, d, shift, bits, 0)
+            widen(memory, start + page * stride_m, d, shift, bits, 0)
             for g in range(share):
                 query = q[task, g * d : (g + 1) * d]
                 dot = np.float32(0.0)
@@ -202,7 +155,7 @@ def _choose(
                 largest = max(largest, row[page])
             for page in range(complete):
                 row[page] -= largest
-            _exponentials(row, complete, exponents, powers)
+            exponentials(row, complete, exponents, powers)
             mass = np.float32(0.0)
             for page in range(complete):
                 mass += row[page]
@@ -223,7 +176,7 @@ def _choose(
                 left -= 1
 
 
-@njit(cache=True, nogil=True, fastmath=_SUMS)
+@njit(cache=True, nogil=True, fastmath=ANY_ORDER)
 def _attend(
     q, keys, key_b, key_h, key_m, values, value_b, value_h, value_m, shift, mask, size, m, scale, key_heads, share, d,
     d_v, out, first, last,
@@ -249,8 +202,8 @@ def _attend(
             rows = min(size, m - page * size)
             for r in range(rows):
                 place = page * size + r
-                _widen(keys, key_start + place * key_m, d, shift, key_bits, r * d)
-                _widen(values, value_start + place * value_m, d_v, shift, value_bits, r * d_v)
+                widen(keys, key_start + place * key_m, d, shift, key_bits, r * d)
+                widen(values, value_start + place * value_m, d_v, shift, value_bits, r * d_v)
             for g in range(share):
                 query, total = queries[g * d : (g + 1) * d], sums[g * d_v : (g + 1) * d_v]
                 highest = largest[g]
@@ -270,7 +223,7 @@ def _attend(
                         total[i] *= shrink
                 for r in range(rows):
                     weights[r] -= highest
-                _exponentials(weights, rows, exponents, powers)
+                exponentials(weights, rows, exponents, powers)
                 for r in range(rows):
                     weight = weights[r]
                     mass[g] += weight

@@ -16,8 +16,9 @@ from entreg.sparse._flash import attend_flash
 from entreg.sparse._flex import attend_flex
 from entreg.sparse._gather import gather
 from entreg.sparse._kernels import attend_triton
+from entreg.sparse._loops import serves
 from entreg.sparse._pages import attend_pages
-from entreg.sparse._pages_cpu import attend_chosen_pages, serves
+from entreg.sparse._pages_cpu import attend_chosen_pages
 from entreg.sparse._recording import record_kernel
 from entreg.sparse._reference import attend_reference
 from entreg.sparse.config import BACKENDS

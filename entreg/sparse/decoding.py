@@ -34,6 +34,7 @@ from entreg.sparse._kernels import (
     pages_by_kernels,
     require_kernels,
 )
+from entreg.sparse._loops import serves
 from entreg.sparse.attention import dense_attention, sparse_attention
 from entreg.sparse.config import DecoderSparsity
 from entreg.sparse.plan import BlockLists, SparsityPlan
@@ -83,7 +84,7 @@ class PageSummaries:
         if kept is None or kept.dtype != k.dtype or kept.shape[:2] != k.shape[:2]:
             return 0
         both = min(kept.shape[2], pages)
-        if _pages_cpu.serves(k):
+        if serves(k):
             return _pages_cpu.known_pages(k, kept[:, :, :both], self.page_size)
         same = (kept[:, :, :both] == self._ends(k, both)).all(-1).all(1).all(0)
         return int(same.to(torch.int64).cumprod(0).sum())
@@ -210,7 +211,7 @@ def _page_plan(
         if sparsity.selection != "window":
             chosen, lists, summaries.buffers = pages_by_kernels(q, k, summaries.buffers, sparsity, count, factor)
             return _block_plan(q, k, chosen, lists, size, entries)
-    if sparsity.selection != "window" and mask is None and _pages_cpu.serves(q, k):
+    if sparsity.selection != "window" and mask is None and serves(q, k):
         maximum = sparsity.group_reduction == "max"
         chosen = _pages_cpu.choose_pages(q, summaries.update(k), total, count, factor, maximum)
         return _block_plan(q, k, chosen, None, size, entries)

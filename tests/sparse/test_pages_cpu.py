@@ -6,6 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from entreg.sparse import DecoderSparsity, PageSummaries, decoder_attention, decoder_plan
 from entreg.sparse import _pages_cpu as loops
+from entreg.sparse._loops import serves
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
@@ -88,10 +89,10 @@ def test_several_threads_give_what_one_gives(monkeypatch):
 
 def test_tensors_that_the_loops_do_not_take_go_another_way():
     q, k, v = draw(torch.float32)
-    assert loops.serves(q, k, v)
-    assert not loops.serves(q.half(), k.half(), v.half())
-    assert not loops.serves(q, k, v.transpose(2, 3).contiguous().transpose(2, 3))
-    assert not loops.serves(q.requires_grad_(), k, v)
+    assert serves(q, k, v)
+    assert not serves(q.half(), k.half(), v.half())
+    assert not serves(q, k, v.transpose(2, 3).contiguous().transpose(2, 3))
+    assert not serves(q.requires_grad_(), k, v)
     sparsity = DecoderSparsity(sparsity=0.5, page_size=8)
     out, _ = decoder_attention(q, k, v, sparsity, pages=PageSummaries(8))
     out.sum().backward()
