@@ -45,7 +45,7 @@ def finish(process, log, limit=120):
     """Waits for a process; gives its exit status and what it printed."""
     process.join(limit)
     assert process.exitcode is not None, f"still running after {limit} s: {log.read_text()}"
-    return process.exitcode, log.read_text(encoding="utf-8")
+    return process.exitcode, log.read_text(encoding="utf-8") if log.exists() else "it did not even start"
 
 
 def run_script(log, name, *arguments):
