@@ -8,6 +8,7 @@ what :mod:`entreg.sparse._pages` and :func:`entreg.sparse.decoding.decoder_plan`
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -37,9 +38,10 @@ def choose_pages(q: Tensor, means: Tensor, total: int, count: int, scale: float,
     """
     batch, heads, _, width = q.shape
     key_heads = means.shape[1]
-    chosen = torch.zeros(batch * key_heads, total, dtype=torch.bool)
-    _choose(
-        q.reshape(batch * key_heads, -1).float().numpy(),
+    tasks = batch * key_heads
+    chosen = torch.zeros(tasks, total, dtype=torch.bool)
+    arguments = (
+        q.reshape(tasks, -1).float().numpy(),
         *flat_memory(means),
         np.uint32(SHIFTS[means.dtype]),
         means.shape[2],
@@ -51,6 +53,7 @@ def choose_pages(q: Tensor, means: Tensor, total: int, count: int, scale: float,
         width,
         chosen.numpy(),
     )
+    _in_threads(_choose, arguments, tasks, means[..., 0].numel() * width)
     return chosen.view(batch, key_heads, 1, total)
 
 
@@ -88,14 +91,17 @@ def attend_chosen_pages(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: i
         value_width,
         out.numpy(),
     )
-    work = int(np.count_nonzero(mask)) * size * width
+    _in_threads(_attend, arguments, tasks, int(np.count_nonzero(mask)) * size * width)
+    return out.view(batch, heads, 1, value_width).to(q.dtype)
+
+
+def _in_threads(function: Callable[..., None], arguments: tuple, tasks: int, work: int) -> None:
+    """Call a loop for the ranges of its tasks, in as many threads as the work is worth."""
     threads = min(torch.get_num_threads(), tasks, 1 + work // _WORTH_A_THREAD)
     if threads == 1:
-        _attend(*arguments, 0, tasks)
+        function(*arguments, 0, tasks)
     else:
-        ranges = chunk_ranges(tasks, threads)
-        run_chunks(lambda first, last: _attend(*arguments, first, last), ranges, threads)
-    return out.view(batch, heads, 1, value_width).to(q.dtype)
+        run_chunks(lambda first, last: function(*arguments, first, last), chunk_ranges(tasks, threads), threads)
 
 
 def known_pages(k: Tensor, last_keys: Tensor, size: int) -> int:
@@ -128,7 +134,22 @@ def _known(memory, stride_b, stride_h, stride_m, last_keys, size):
 
 @njit(cache=True, nogil=True, fastmath=ANY_ORDER)
 def _choose(
-    q, memory, stride_b, stride_h, stride_m, shift, complete, count, scale, maximum, key_heads, share, d, chosen
+    q,
+    memory,
+    stride_b,
+    stride_h,
+    stride_m,
+    shift,
+    complete,
+    count,
+    scale,
+    maximum,
+    key_heads,
+    share,
+    d,
+    chosen,
+    first,
+    last,
 ):
     total = chosen.shape[1]
     bits = np.empty(d, np.uint32)
@@ -137,7 +158,7 @@ def _choose(
     exponents = np.empty(complete, np.int32)
     powers = exponents.view(np.float32)
     scores = np.empty(total, np.float32)
-    for task in range(len(q)):
+    for task in range(first, last):
         start = task // key_heads * stride_b + task % key_heads * stride_h
         for page in range(complete):
             widen(memory, start + page * stride_m, d, shift, bits, 0)
