@@ -37,7 +37,8 @@ def test_a_sweep_killed_twice_ends_with_each_of_its_runs_once(tmp_path):
     finished = {}
     for least in (2, 6):
         launcher = start(tmp_path)
-        wait_until(lambda least=least: len(list(store.glob("*.json"))) >= least, seconds=400)
+        wait_until(lambda l=launcher, n=least: l.poll() is not None or len(list(store.glob("*.json"))) >= n, 400)
+        assert launcher.poll() is None, (tmp_path / "launcher.txt").read_text()
         time.sleep(moments.random() * 2)
         os.killpg(launcher.pid, signal.SIGKILL)
         launcher.wait()
