@@ -188,8 +188,8 @@ def test_methods_train_and_are_evaluated(adaptation, tmp_path):
         *adaptation,
     )
     records = {one["config"]["method"]: one for one in run_all(runs, store=tmp_path / "runs", command="x")}
-    assert list(records) == ["plain", "block_entropy", "loop", "none"]
-    assert [one["metrics"]["training_steps"] for one in records.values()] == [2, 2, 2, 0]
+    assert list(records) == ["none", "plain", "block_entropy", "loop"]
+    assert [one["metrics"]["training_steps"] for one in records.values()] == [0, 2, 2, 2]
     assert "block_entropy/entropy" in records["block_entropy"]["metrics"]["last_step"]
     assert records["loop"]["metrics"]["last_step"]["realised_sparsity"] == pytest.approx(0.75, abs=0.1)
     losses = {name: one["rows"][0]["loss"] for name, one in records.items()}
