@@ -8,7 +8,7 @@ from numba import njit
 from torch import Tensor
 
 from entreg.geometry.parallel import chunk_ranges, run_chunks
-from entreg.sparse._loops import ANY_ORDER, INTEGERS, SHIFTS, exponentials, widen
+from entreg.sparse._loops import ANY_ORDER, INTEGERS, SHIFTS, exponentials, spare_threads, widen
 
 
 def block_masses(logits: Tensor, visible: Tensor, block_size: int) -> Tensor:
@@ -27,7 +27,7 @@ def block_masses(logits: Tensor, visible: Tensor, block_size: int) -> Tensor:
     seen = visible.repeat(len(flat) // len(visible)).numpy()
     out = torch.zeros(*logits.shape[:-1], -(-keys // block_size))
     masses = out.view(len(flat), -1).numpy()
-    ranges = chunk_ranges(len(flat), torch.get_num_threads())
+    ranges = chunk_ranges(len(flat), spare_threads())
     shift = np.uint32(SHIFTS[logits.dtype])
     run_chunks(lambda first, last: _masses(flat, seen, shift, block_size, masses, first, last), ranges, len(ranges))
     return out

@@ -16,7 +16,7 @@ from numba import njit
 from torch import Tensor
 
 from entreg.geometry.parallel import chunk_ranges, run_chunks
-from entreg.sparse._loops import ANY_ORDER, INTEGERS, SHIFTS, exponentials, flat_memory, widen
+from entreg.sparse._loops import ANY_ORDER, INTEGERS, SHIFTS, exponentials, flat_memory, spare_threads, widen
 
 # Numbers of keys times d below which a second thread costs more than it saves.
 _WORTH_A_THREAD = 1 << 18
@@ -96,8 +96,8 @@ def attend_chosen_pages(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: i
 
 
 def _in_threads(function: Callable[..., None], arguments: tuple, tasks: int, work: int) -> None:
-    """Call a loop for the ranges of its tasks, in as many threads as the work is worth."""
-    threads = min(torch.get_num_threads(), tasks, 1 + work // _WORTH_A_THREAD)
+    """Call a loop for the ranges of its tasks, in as many threads as there are and the work is worth."""
+    threads = min(spare_threads(), tasks, 1 + work // _WORTH_A_THREAD)
     if threads == 1:
         function(*arguments, 0, tasks)
     else:
