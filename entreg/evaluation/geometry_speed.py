@@ -45,8 +45,8 @@ from entreg.evaluation.timing import interleaved_timings
 from entreg.geometry.convex_hull import convex_hull
 from entreg.geometry.delaunay import Triangulation, delaunay
 from entreg.geometry.generators import generate
-from entreg.geometry.parallel import chunk_ranges, default_threads, run_chunks
 from entreg.geometry.pareto import pareto_front
+from entreg.parallel import chunk_ranges, default_threads, run_chunks
 from entreg.records.record import new_record
 from entreg.records.store import RecordStore
 

@@ -9,7 +9,7 @@ only discarded when it is provably not a vertex; NaN and infinite coordinates fa
 import numpy as np
 from numba import njit
 
-from entreg.geometry.parallel import chunk_ranges, run_chunks
+from entreg.parallel import chunk_ranges, run_chunks
 
 # Outside these magnitudes the table could overflow or lose its margins to underflow; such input is not filtered.
 _LARGEST = 2.0**1000

@@ -12,7 +12,7 @@ import numpy as np
 from entreg.geometry._chains import find_ends, hull_from_chains, hull_of_candidates, join_chains
 from entreg.geometry._filtering import bin_placement, interior_table, keep_in_chunks, sample_positions
 from entreg.geometry._slabs import assign_slabs, chain_run, chain_slabs, fill_slabs, find_runs
-from entreg.geometry.parallel import chunk_ranges, run_chunks
+from entreg.parallel import chunk_ranges, run_chunks
 
 ALL = np.empty(0, np.int64)
 """Stands for all indices where candidates are expected."""

@@ -30,9 +30,9 @@ from entreg.geometry._filtering import (
 )
 from entreg.geometry.convex_hull import convex_hull
 from entreg.geometry.delaunay import delaunay
-from entreg.geometry.parallel import resolve_threads
 from entreg.geometry.pareto import pareto_front
 from entreg.geometry.validation import as_points, require_finite
+from entreg.parallel import resolve_threads
 
 BINS = 256
 """Vertical strips that a filter region is cut into: finer ones follow it more closely and cost more to build."""

@@ -9,8 +9,8 @@ from entreg.geometry._chains import hull_of_candidates
 from entreg.geometry._filtering import filter_size
 from entreg.geometry._hull_paths import ALL, hull_by_filter
 from entreg.geometry._small_hull import small_hull
-from entreg.geometry.parallel import resolve_threads
 from entreg.geometry.validation import as_points, first_nonfinite_row, nonfinite_error
+from entreg.parallel import resolve_threads
 
 # Sizes at which each stage begins to pay, measured on uniform, Gaussian and disk input.
 _SMALL = 64

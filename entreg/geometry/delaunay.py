@@ -28,9 +28,9 @@ from entreg.geometry.delaunay_order import (
     write_levels,
 )
 from entreg.geometry.delaunay_predicates import LARGEST_SCALED
-from entreg.geometry.parallel import chunk_ranges, resolve_threads, run_chunks
 from entreg.geometry.predicates import orient2d
 from entreg.geometry.validation import as_points, require_finite
+from entreg.parallel import chunk_ranges, resolve_threads, run_chunks
 
 _ORDERS = ("auto", "sort")
 # Below this many points the threads cost more than they bring.

@@ -14,8 +14,8 @@ from entreg.geometry._filtering import (
     share_kept,
 )
 from entreg.geometry._sorting import sort_by_x
-from entreg.geometry.parallel import chunk_ranges, resolve_threads, run_chunks
 from entreg.geometry.validation import as_points, first_nonfinite_row, nonfinite_error
+from entreg.parallel import chunk_ranges, resolve_threads, run_chunks
 
 _ALL = np.empty(0, np.int64)
 # Sizes at which each stage begins to pay, measured on uniform, Gaussian and disk input.

@@ -7,7 +7,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from entreg.geometry.parallel import chunk_ranges, run_chunks
+from entreg.parallel import chunk_ranges, run_chunks
 from entreg.sparse._loops import ANY_ORDER, INTEGERS, SHIFTS, exponentials, spare_threads, widen
 
 

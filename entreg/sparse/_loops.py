@@ -9,7 +9,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from entreg.geometry.parallel import default_threads
+from entreg.parallel import default_threads
 
 # Sums in any order: what lets them be computed in vector registers. Infinities and NaN keep their meaning.
 ANY_ORDER = {"reassoc", "contract", "arcp", "nsz", "afn"}

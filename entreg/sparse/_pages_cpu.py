@@ -15,7 +15,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from entreg.geometry.parallel import chunk_ranges, run_chunks
+from entreg.parallel import chunk_ranges, run_chunks
 from entreg.sparse._loops import ANY_ORDER, INTEGERS, SHIFTS, exponentials, flat_memory, spare_threads, widen
 
 # Numbers of keys times d below which a second thread costs more than it saves.

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from entreg.errors import InputError
-from entreg.geometry.parallel import chunk_ranges, default_threads, resolve_threads, run_chunks
+from entreg.parallel import chunk_ranges, default_threads, resolve_threads, run_chunks
 
 
 @pytest.mark.parametrize(("n", "parts"), [(1, 1), (1, 5), (10, 3), (100, 7), (7, 7), (0, 4)])
