@@ -6,6 +6,7 @@ python -m tests.distributed.evaluations FOLDER
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -52,10 +53,14 @@ def vision(size):
         localisation={"scores": ["mixed", "received"], "coverage": 0.25},
         robustness={"severities": [2], "extra": False, "sparsity": {**tokens, "keep": 4}},
     )
+
     # What stands for corrupted images is another draw for each kind.
-    vision_evaluation.corrupted_dataset = lambda data, name, severity, limit: images(size, len(name) + severity)
+    def corrupted(data, name, severity, limit):
+        return images(size, len(name) + severity)
+
     datasets = {"validation": images(size, 1), "test": images(size, 2)}
-    return vision_evaluation.evaluate_everything(model, datasets, settings, data={})
+    with mock.patch.object(vision_evaluation, "corrupted_dataset", corrupted):
+        return vision_evaluation.evaluate_everything(model, datasets, settings, data={})
 
 
 def language(size):
