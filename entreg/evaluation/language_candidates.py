@@ -105,9 +105,9 @@ def candidates_of(
     nothing_left_out = with_attention(model, "sdpa")
     sparsify(nothing_left_out, 0.0)
     found = make_step(nothing_left_out, "growing")()
-    # Some kernels of CUDA add up in another order each time: there stock SDPA is not equal to itself either.
-    exact = torch.equal(make_step(stock, "growing")(), reference)
-    if not (torch.equal(found, reference) if exact else torch.allclose(found, reference, rtol=0.05, atol=0.3)):
+    # Some kernels of CUDA add up in another order each time. Where stock SDPA repeats itself, nothing may differ.
+    noise = (make_step(stock, "growing")() - reference).abs().max()
+    if not (found - reference).abs().max() <= 4.0 * noise:
         raise RuntimeError(f"{cell}: the sparse path at sparsity 0 differs from stock SDPA")
     seen = seen_by_layers(stock, make_step(stock, "growing"))
     first = _first_attention(stock, make_step(stock, "growing"))

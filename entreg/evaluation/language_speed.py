@@ -231,7 +231,11 @@ def run(
             "left_out": left_out,
             "not_run": not_run,
             # Checked at every context and batch before its timing, which would have ended otherwise.
-            "checks": ["sparsity 0 equals stock SDPA bit for bit", "dense variants agree", "outputs are finite"],
+            "checks": [
+                "sparsity 0 differs from stock SDPA no more than that from itself",
+                "dense variants agree",
+                "outputs are finite",
+            ],
         },
         rows=rows,
         wall_seconds=time.perf_counter() - start,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from entreg.parallel import chunk_ranges, run_chunks
 from entreg.sparse._loops import ANY_ORDER, INTEGERS, SHIFTS, exponentials, flat_memory, spare_threads, widen
+from entreg.sparse._recording import record_kernel
 
 # Numbers of keys times d below which a second thread costs more than it saves.
 _WORTH_A_THREAD = 1 << 18
@@ -71,6 +72,7 @@ def attend_chosen_pages(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: i
     Returns:
         (batch, heads, 1, d_v).
     """
+    record_kernel("loops")
     batch, heads, _, width = q.shape
     key_heads, m = k.shape[1], k.shape[2]
     tasks, share, value_width = batch * key_heads, heads // key_heads, v.shape[3]

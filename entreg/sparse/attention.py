@@ -19,7 +19,6 @@ from entreg.sparse._kernels import attend_triton
 from entreg.sparse._loops import serves
 from entreg.sparse._pages import attend_pages
 from entreg.sparse._pages_cpu import attend_chosen_pages
-from entreg.sparse._recording import record_kernel
 from entreg.sparse._reference import attend_reference
 from entreg.sparse.config import BACKENDS
 from entreg.sparse.plan import SparsityPlan
@@ -122,7 +121,6 @@ def _attend_gather(
     if plan.dense:
         return dense_attention(q, k, v, causal=plan.causal, scale=scale, key_bias=key_bias, mask=mask)
     if plan.num_queries == 1 and plan.kind == "blocks" and key_bias is None and mask is None and serves(q, k, v):
-        record_kernel("loops")
         return attend_chosen_pages(q, k, v, plan.block_mask, plan.block_size, scale)
     if key_bias is None and keeps_own_blocks(plan):
         attend = attend_pages if plan.num_queries == 1 else attend_causal_blocks
