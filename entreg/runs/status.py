@@ -123,7 +123,9 @@ def wait_for_others(sweep: Sweep) -> bool:
         runs = sweep.runs()
         running = [run for run in runs if run.state == "running"]
         if not running:
-            return told and any(run.state in ("interrupted", "queued") for run in runs)
+            # One that was left to a launcher may have ended with it before this one looked.
+            undone = [run for run in runs if run.state in ("interrupted", "queued")]
+            return any(told or sweep.job(run.job).left for run in undone)
         if not told:
             print(f"Waiting for another launcher: {counted(runs)}.", file=sys.stderr)
         told = True

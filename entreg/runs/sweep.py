@@ -153,6 +153,11 @@ class Job:
         """What the job printed."""
         return self.path.with_suffix(".log")
 
+    @property
+    def left(self) -> bool:
+        """Whether it was left to another launcher, which was at it."""
+        return bool(_read(self.path).get("left"))
+
     @contextlib.contextmanager
     def attempting(self, command: str) -> Iterator[None]:
         """Do the job in the block: it is logged, and what ends it is noted.
@@ -163,18 +168,19 @@ class Job:
         Raises:
             OutputError: its files cannot be written.
         """
-        self._write(begun=_utc(), ended=None, failure=None, runs=None)
-        failure = None
+        self._write(begun=_utc(), ended=None, failure=None, runs=None, left=False)
+        failure, left = None, False
         try:
             with logged(self.log, command):
                 yield
         except BusyError:
+            left = True
             raise
         except Exception as error:
             failure = described(error)
             raise
         finally:
-            self._write(ended=_utc(), failure=failure)
+            self._write(ended=_utc(), failure=failure, left=left)
 
     def plan(self, runs: Sequence[tuple[str, Path, Path]]) -> None:
         """Say which runs the job stands for.

@@ -166,7 +166,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         for name, checksum in content["files"].items():
             if _checksum(folder / name) != checksum:
                 raise ValueError(f"{name} was changed")
-        tensors = {name: load_file(folder / name) for name in content["files"]}
+        tensors = {name: _load(folder / name) for name in content["files"]}
         state = _unpack(content["state"], tensors[TRAINING])
     except FileNotFoundError as error:
         raise AssetError(f"Checkpoint {folder} is damaged: {Path(error.filename).name} is missing.") from error
@@ -205,6 +205,14 @@ def load_model_weights(model: nn.Module, source: str | Path) -> None:
         model.load_state_dict(checkpoint.averaged or checkpoint.model, strict=False)
     else:
         load_weights(model, path)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (FileNotFoundError, RuntimeError) as error:
+        # It was there when its checksum was taken; neither safetensors nor PyTorch says which file it finds gone.
+        raise OSError(f"{path.name} cannot be read") from error
 
 
 def _folders(root: Path) -> list[Path]:

@@ -1,3 +1,4 @@
+import contextlib
 import subprocess
 import sys
 import time
@@ -6,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from entreg.cli import CONFIGS
-from entreg.errors import RecordError
+from entreg.errors import BusyError, RecordError
 from entreg.records.record import new_record
 from entreg.records.store import RecordStore
 from entreg.runs import status
@@ -41,6 +42,13 @@ def planned(sweep, store, method):
     )
     job.plan([("the run", directory.path, RecordStore(store).path_for("tests/status", {"method": method}))])
     return directory
+
+
+def begin(sweep, method, error):
+    """A job whose run ends before it begins."""
+    with contextlib.suppress(type(error)), sweep.job(["seed=0", f"method={method}"]).attempting("x"):
+        planned(sweep, sweep.directory.parents[1], method)
+        raise error
 
 
 @pytest.fixture
@@ -154,6 +162,11 @@ def test_waiting_for_others_ends_when_they_do(sweep, monkeypatch, capsys):
     assert told == [0.05]
     assert "Waiting for another launcher: 6 runs: 2 done, 1 running" in capsys.readouterr().err
     # Nothing runs elsewhere: what is left is left by this launcher.
+    assert not status.wait_for_others(sweep)
+    # Another launcher was at one of them, and was killed before this one got here.
+    begin(sweep, "e", BusyError("Another process is at it."))
+    assert status.wait_for_others(sweep)
+    begin(sweep, "e", KeyboardInterrupt())
     assert not status.wait_for_others(sweep)
 
 

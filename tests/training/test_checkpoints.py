@@ -195,3 +195,17 @@ def test_a_checkpoint_without_frozen_weights_is_loaded_onto_the_same_ones_only(t
     load_model_weights(base, folder)
     assert torch.equal(base.weight, trained.weight)
     assert frozen_record({}) is None
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read(tmp_path, monkeypatch, capfd):
+    save_checkpoint(tmp_path, 5, weights(), STATE)
+    newest, load = save_checkpoint(tmp_path, 10, weights(), STATE), checkpoints.load_file
+
+    def load_late(path):
+        if path.parent == newest:
+            path.unlink()
+        return load(path)
+
+    monkeypatch.setattr(checkpoints, "load_file", load_late)
+    assert latest_checkpoint(tmp_path).step == 5
+    assert "step-00000010 is damaged" in capfd.readouterr().err
