@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -245,12 +246,21 @@ def loading_errors() -> Iterator[None]:
         if sentence == str(error):
             raise
         raise kind(sentence) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:
+        if not _tells_of_a_death(error):
             raise
         raise AssetError(
             "a process that loads data was killed, most likely for want of memory; lower num_workers or batch_size"
         ) from error
+
+
+def _tells_of_a_death(error: Exception) -> bool:
+    """Whether an exception comes from the death of a process that loads data."""
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker" in str(error)
+    # It died between sending a batch and handing over the memory that the batch is in.
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") == "multiprocessing.resource_sharer" for frame, _ in frames)
 
 
 class Mixing:

@@ -1,14 +1,23 @@
 """Batches as functions of seed and step."""
 
+import multiprocessing
 import random
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import Subset
 
-from entreg.errors import ConfigError, InputError
-from entreg.training.batches import Mixing, PositionedDataset, Positions, batch_loader, seed_forward
+from entreg.errors import AssetError, ConfigError, InputError
+from entreg.training.batches import (
+    Mixing,
+    PositionedDataset,
+    Positions,
+    batch_loader,
+    loading_errors,
+    seed_forward,
+)
 from tests.training.tiny import Digits, ManyDigits, NoisyDigits, shift
 
 
@@ -152,3 +161,29 @@ def test_mixing_refuses_what_it_cannot_mix():
     mixing = Mixing(0.8, 0.0, 1.0, 5, seed=0)
     with pytest.raises(ConfigError, match="one label per image"):
         mixing({"images": torch.rand(4, 1, 2, 2), "labels": torch.zeros(4, 3, dtype=torch.int64)}, 0)
+
+
+def _send_and_wait(connection):
+    # A tensor is sent as the right to fetch the memory that it is in from this process.
+    connection.send_bytes(ForkingPickler.dumps(torch.zeros(3)))
+    connection.recv_bytes()
+
+
+def test_a_process_that_dies_before_its_batch_is_fetched():
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=_send_and_wait, args=(there,))
+    process.start()
+    there.close()
+    batch = here.recv_bytes()
+    process.kill()
+    process.join()
+    with pytest.raises(AssetError, match="a process that loads data was killed"), loading_errors():
+        ForkingPickler.loads(batch)
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), ConnectionResetError("server"), EOFError(), RuntimeError("other")])
+def test_other_errors_are_not_of_loading(error):
+    with pytest.raises(type(error)) as caught, loading_errors():
+        raise error
+    assert caught.value is error
