@@ -21,7 +21,7 @@ from entreg.adapters.handles import DecoderSparsifyHandle
 from entreg.evaluation.language_steps import (
     FREE,
     GROUPED,
-    LOOPS,
+    OWN,
     PRODUCTS,
     Choosing,
     DecoderSizes,
@@ -35,9 +35,9 @@ from entreg.sparse import recorded_kernels, sparsity_from_mapping
 
 DENSE = "dense"
 FREE_METHOD = "attention for free"
-_PRODUCTS, _LOOPS = "dense_grouped_products", "dense_own_loops"
-UNFUSED = (_PRODUCTS, _LOOPS)
-"""The dense ways to decode that go through no fused kernel of PyTorch."""
+_PRODUCTS, _LOOPS, _OWN, _EAGER = "dense_grouped_products", "dense_own_loops", "dense_own_products", "dense_eager"
+UNFUSED = (_PRODUCTS, _LOOPS, _OWN, _EAGER)
+"""The dense ways that go through no fused kernel of PyTorch."""
 
 # Calls whose tokens differ from each other.
 _TOKEN_SETS = 4
@@ -47,7 +47,7 @@ DENSE_DECODING = {
     "dense_growing_cache": ("sdpa", "growing"),
     "dense_grouped_heads": (GROUPED, "growing"),
     _PRODUCTS: (PRODUCTS, "static"),
-    _LOOPS: (LOOPS, "growing"),
+    _LOOPS: (OWN, "growing"),
 }
 """Dense decoding: attention implementation and cache by the name of the row that is not the fastest."""
 
@@ -152,7 +152,7 @@ def dense_variants(
         for method, (attention, cache) in DENSE_DECODING.items():
             if attention == GROUPED and sizes.heads == sizes.key_heads:
                 continue
-            if attention == LOOPS and (config["device"] != "cpu" or config["dtype"] == "float16"):
+            if attention == OWN and (config["device"] != "cpu" or config["dtype"] == "float16"):
                 continue
             needed = sizes.weight_bytes + 2.2 * sizes.cache_bytes(cell.batch * cell.context)
             if cache == "dynamic" and needed > device_memory(next(model.parameters()).device):
@@ -160,9 +160,11 @@ def dense_variants(
                 continue
             yield method, with_attention(model, attention), cache
         return
-    yield DENSE, with_attention(model, "sdpa"), "dynamic"
+    yield "dense_fused", with_attention(model, "sdpa"), "dynamic"
     if cell.context <= config["eager_up_to"]:
-        yield "dense_eager", with_attention(model, "eager"), "dynamic"
+        yield _EAGER, with_attention(model, "eager"), "dynamic"
+    if config["device"] == "cpu" and config["dtype"] == "bfloat16":
+        yield _OWN, with_attention(model, OWN), "dynamic"
     if config["device"] != "cuda":
         not_run["dense_flash_attention_2"] = "flash-attn is for CUDA"
     elif importlib.util.find_spec("flash_attn") is None:

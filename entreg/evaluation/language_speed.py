@@ -7,11 +7,12 @@ candidates of a context and batch run in turn in every round of one process. Bes
 law allows: attention's share of the dense time, which is what a model without any attention saves, and the bound at the
 plan's realised sparsity. Choosing blocks and pages is timed once more alone, on queries and keys of all layers.
 
-In decoding, ``dense`` (the base of ``speedup_over_dense``) is the fastest of these: transformers' SDPA
-attention, with its dynamic and its static cache and with a cache that grows in place, the same with query heads
-grouped by key head, fused or as two products, and the compiled loops of the sparse path over all pages (on a CPU).
-``speedup_over_fused`` leaves the products and the loops out: it is over the fastest that goes through SDPA. Sparse
-candidates use the growing cache.
+``dense``, the base of ``speedup_over_dense``, is the fastest of all ways to run the dense model. For a prompt these are
+SDPA, unfused attention, flash-attn where it is installed, and the products of the sparse path with nothing left out (on
+a CPU in bfloat16). In decoding they are transformers' SDPA attention, with its dynamic and its static cache and with a
+cache that grows in place, the same with query heads grouped by key head, fused or as two products, and the compiled
+loops of the sparse path over all pages (on a CPU). ``speedup_over_fused`` leaves products and loops out: it is over the
+fastest that goes through a fused kernel. Sparse candidates use the growing cache.
 
 Without Hydra (a bare GPU machine needs torch, transformers, numpy, numba, scipy, safetensors, pyyaml and jsonschema)::
 
@@ -277,11 +278,9 @@ def measure(
             for name, timing in measured.items()
         }
         memory = {one.method: peak_memory(one.step, device) if device.type == "cuda" else None for one in candidates}
-    fastest = fused = DENSE
-    if cell.phase == "decode":
-        dense = [one.method for one in candidates if one.role == "baseline"]
-        fastest = min(dense, key=lambda name: timings[name].median)
-        fused = min((name for name in dense if name not in UNFUSED), key=lambda name: timings[name].median)
+    dense = [one.method for one in candidates if one.role == "baseline"]
+    fastest = min(dense, key=lambda name: timings[name].median)
+    fused = min((name for name in dense if name not in UNFUSED), key=lambda name: timings[name].median)
     free = timings[FREE_METHOD].median
     rows = []
     for one in candidates:
@@ -312,9 +311,10 @@ def measure(
             "bound": amdahl_bound((share, 1.0 - one.sparsity)),
             "selection_seconds": None if choosing is None else choosing.median,
             "compilation": config["compilation"],
+            "variant": one.method,
         }
         if cell.phase == "decode":
-            row |= {"milliseconds_per_token": 1e3 * timing.median, "cache": one.cache, "variant": one.method}
+            row |= {"milliseconds_per_token": 1e3 * timing.median, "cache": one.cache}
         rows.append(row)
     return sorted(rows, key=lambda row: row["method"] != DENSE)
 
@@ -369,7 +369,7 @@ def _announce(model: nn.Module, config: Mapping[str, Any], cells: Sequence[Cell]
             factor = cell.context / short
             attention = max(seconds["all"] - seconds["free"], 0.0)
             one = cell.batch * (seconds["free"] * factor + attention * factor**2)
-            count = plans + 3
+            count = plans + 4
         else:
             share = sizes.cache_bytes(cell.batch * cell.context) / sizes.weight_bytes
             one = config["tokens_per_call"] * seconds["one"] * (1.0 + share)

@@ -3,7 +3,8 @@
 Every query block attends to some key blocks before its own and, up to the diagonal, to its own. Three things make that
 cheap where a general gather is not: whole blocks are copied, not rows; the leading rows that see all there is run as
 ordinary dense causal attention; and with each row's own block put last, one small triangular mask serves all rows.
-Rows of different numbers of blocks are padded within a few buckets of similar number.
+Rows of different numbers of blocks are padded within a few buckets of similar number. What is gathered is attended to
+by PyTorch's fused kernel, or by :mod:`entreg.sparse._products` where that is faster.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from entreg.sparse import _products
 from entreg.sparse._blocks import visible_blocks
 from entreg.sparse.budgets import bucket_by_budget
 from entreg.sparse.plan import SparsityPlan
@@ -67,6 +69,8 @@ def _leading_dense_blocks(plan: SparsityPlan) -> int:
 
 def _dense_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     n, m = q.shape[2], k.shape[2]
+    if mask is None and _products.serves(q, k, v):
+        return _products.attend_causal(q, k, v, scale)
     allowed = None
     if mask is not None:
         allowed = mask[:, :, :n, :m]
@@ -94,10 +98,13 @@ def _block_rows(
     order = chosen.to(torch.int8).argsort(dim=-1, stable=True)
     first_block = torch.arange(batch * key_heads, device=q.device).repeat_interleave(blocks) * plan.key_blocks
     triangle = torch.ones(size, size, dtype=torch.bool, device=q.device).tril().repeat(share, 1)
+    attend = _products.attend_groups if _products.serves(q, k, v) else _fused
     pieces, places = [], []
     for bucket in _buckets(counts):
         most = int(counts[bucket].max())
         step = max(1, _CHUNK_ELEMENTS // (most * size * width))
+        if attend is not _fused:
+            step = min(step, _products.groups_at_once(share * size, most * size))
         for part in bucket.split(step):
             index = order[part, -most:]
             flat = (index + first_block[part, None]).flatten()
@@ -105,12 +112,9 @@ def _block_rows(
             values = v_blocks.index_select(0, flat).view(len(part), most * size, -1)
             allowed = _allowed(triangle, most, counts[part])
             if mask is not None:
+                allowed = pad(allowed, (most * size - allowed.shape[-1], 0), value=True)
                 allowed = allowed & _gathered_mask(mask, plan, part, index, key_heads, blocks, leading, share)
-            pieces.append(
-                scaled_dot_product_attention(
-                    groups.index_select(0, part)[None], keys[None], values[None], attn_mask=allowed, scale=scale
-                )[0]
-            )
+            pieces.append(attend(groups.index_select(0, part), keys, values, scale, allowed))
             places.append(part)
     out = torch.cat(pieces).index_select(0, torch.cat(places).argsort())
     out = out.view(batch, key_heads, blocks, share, size, -1).transpose(2, 3).reshape(batch, heads, blocks * size, -1)
@@ -128,15 +132,23 @@ def _buckets(counts: Tensor) -> list[Tensor]:
     return bucket_by_budget(counts, _MOST_BUCKETS)
 
 
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, allowed: Tensor) -> Tensor:
+    """As :func:`entreg.sparse._products.attend_groups`, by SDPA."""
+    allowed = pad(allowed, (k.shape[1] - allowed.shape[-1], 0), value=True)
+    return scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=allowed, scale=scale)[0]
+
+
 def _allowed(triangle: Tensor, most: int, counts: Tensor) -> Tensor:
-    """Bool mask of the gathered keys: (rows, keys), or (1, groups, rows, keys) where some groups have fewer blocks."""
-    rows, size = triangle.shape
-    full = torch.cat((triangle.new_ones(rows, (most - 1) * size), triangle), dim=1)
+    """Bool mask of the last gathered keys: (rows, size), or all keys' where some groups have fewer blocks.
+
+    The latter is (groups, rows, keys).
+    """
+    size = triangle.shape[1]
     missing = most - counts
     if not bool((missing > 0).any()):
-        return full
+        return triangle
     real = torch.arange(most, device=counts.device) >= missing[:, None]
-    return full & real.repeat_interleave(size, dim=1)[None, :, None, :]
+    return pad(triangle, ((most - 1) * size, 0), value=True) & real.repeat_interleave(size, dim=1)[:, None]
 
 
 def _gathered_mask(
@@ -149,7 +161,7 @@ def _gathered_mask(
     leading: int,
     share: int,
 ) -> Tensor:
-    """(1, groups, share * size, keys) entries of a (batch, 1, n, m) mask."""
+    """(groups, share * size, keys) entries of a (batch, 1, n, m) mask."""
     size = plan.block_size
     image = part // (key_heads * blocks)
     first = (part % blocks + leading) * size - plan.query_offset
@@ -157,4 +169,4 @@ def _gathered_mask(
     rows = (first[:, None] + places).clamp(0, plan.num_queries - 1)
     keys = (index[..., None] * size + places).flatten(1).clamp_max(plan.num_keys - 1)
     allowed = mask[image[:, None, None], 0, rows[:, :, None], keys[:, None, :]]
-    return allowed.repeat(1, share, 1)[None]
+    return allowed.repeat(1, share, 1)

@@ -13,13 +13,13 @@ from entreg.adapters.language_models import random_language_model
 from entreg.cli import CONFIGS
 from entreg.errors import ConfigError, EntregError
 from entreg.evaluation import language_candidates, language_speed
-from entreg.evaluation.language_candidates import FREE_METHOD, Cell
+from entreg.evaluation.language_candidates import FREE_METHOD, Cell, candidates_of
 from entreg.evaluation.language_speed import run_language_speed
 from entreg.evaluation.language_speed_settings import phases_within
 from entreg.evaluation.language_steps import (
     FREE,
     GROUPED,
-    LOOPS,
+    OWN,
     PRODUCTS,
     Choosing,
     DecoderSizes,
@@ -29,7 +29,7 @@ from entreg.evaluation.language_steps import (
     seen_by_layers,
 )
 from entreg.evaluation.timing import Timing
-from entreg.sparse import DecoderSparsity, sparsity_from_mapping
+from entreg.sparse import DecoderSparsity, _products, sparsity_from_mapping
 
 OPTIONS = {
     "vocab_size": 64,
@@ -103,18 +103,19 @@ def record(tmp_path_factory):
 def test_every_candidate_has_a_row_with_what_ran(record):
     rows = {(row["phase"], row["context"], row["batch"], row["method"]): row for row in record["rows"]}
     assert len(rows) == len(record["rows"])
-    plans = {"dense", "ours", "window", FREE_METHOD}
-    expected = {("prefill", 128, 1, name) for name in (*plans, "dense_eager")}
-    expected |= {("prefill", 256, 1, name) for name in plans}
-    assert {key for key in rows if key[0] == "prefill"} == expected
+    plans = {"ours", "window", FREE_METHOD}
+    expected = {(128, name) for name in (*plans, "dense_fused", "dense_eager")}
+    expected |= {(256, name) for name in (*plans, "dense_fused")}
+    assert {(key[1], row["variant"]) for key, row in rows.items() if key[0] == "prefill"} == expected
     for batch in (1, 3):
         found = {key[3] for key in rows if key[:3] == ("decode", 256, batch)}
         variants = {rows["decode", 256, batch, name]["variant"] for name in found}
-        assert found >= plans
+        assert found >= plans | {"dense"}
         caches = {f"dense_{kind}_cache" for kind in ("dynamic", "static", "growing")}
         assert variants >= caches | {"dense_grouped_heads", "dense_grouped_products", "dense_own_loops"}
     for (phase, context, batch, _), row in rows.items():
         dense = rows[phase, context, batch, "dense"]
+        assert dense["seconds"] == min(r["seconds"] for r in rows.values() if _is_dense_of(r, phase, context, batch))
         assert row["seconds_min"] <= row["seconds"] <= row["seconds_max"]
         assert row["speedup_over_dense"] == pytest.approx(dense["seconds"] / row["seconds"])
         assert row["tokens_per_second"] == pytest.approx(
@@ -125,17 +126,28 @@ def test_every_candidate_has_a_row_with_what_ran(record):
         assert (row["selection_seconds"] is None) == (row["role"] not in ("ours", "rival"))
         if phase == "decode":
             assert row["milliseconds_per_token"] == pytest.approx(1e3 * row["seconds"])
-            assert dense["seconds"] == min(r["seconds"] for r in rows.values() if _is_dense_of(r, context, batch))
-    assert rows["prefill", 256, 1, "dense"]["kernel"] == "2 flash"
-    assert rows["prefill", 128, 1, "dense_eager"]["kernel"] == "2 math"
+    kernels = {row["variant"]: row["kernel"] for row in rows.values() if row["phase"] == "prefill"}
+    assert kernels["dense_fused"] == "2 flash"
+    assert kernels["dense_eager"] == "2 math"
     assert rows["decode", 256, 3, "window"]["kernel"] == "2 loops"
     assert record["model"]["weights"] == "random weights: speed only"
     assert record["metrics"]["threads"] == 1
     assert "kvpress" in record["metrics"]["not_run"]
 
 
-def _is_dense_of(row, context, batch):
-    return (row["phase"], row["context"], row["batch"], row["role"]) == ("decode", context, batch, "baseline")
+def _is_dense_of(row, *cell):
+    return (row["phase"], row["context"], row["batch"], row["role"]) == (*cell, "baseline")
+
+
+def test_the_sparse_path_with_nothing_left_out_is_a_way_to_run_the_dense_model(model, monkeypatch):
+    monkeypatch.setattr(_products, "_multiplies_bfloat16", lambda: True)
+    config = {**MODEL, "dtype": "bfloat16", "device": "cpu", "compilation": "none", "eager_up_to": 128}
+    low = random_language_model("smollm2_135m", {**OPTIONS, "initializer_range": 0.3}, dtype="bfloat16").model
+    with torch.no_grad():
+        found = list(candidates_of(low, Cell("prefill", 128, 1), config, {}))
+    kernels = {one.method: (one.kernel, one.role) for one in found}
+    assert kernels["dense_own_products"] == ("2 products", "baseline")
+    assert kernels["dense_fused"] == ("2 flash", "baseline")
 
 
 def test_sparsities_are_those_of_counting_by_hand(record):
@@ -233,7 +245,7 @@ def test_attention_implementations_are_what_they_are_called(model):
     filled = FilledCache(model, batch=2, context=20)
     ids = torch.randint(64, (1, 2, 4), generator=torch.Generator().manual_seed(0))
     stock = Decoding(model, filled, "growing", ids)()
-    for name in (GROUPED, PRODUCTS, LOOPS):
+    for name in (GROUPED, PRODUCTS, OWN):
         grouped = language_candidates.with_attention(model, name)
         for kind in ("growing", "static"):
             assert torch.allclose(Decoding(grouped, filled, kind, ids)(), stock, atol=1e-5)
