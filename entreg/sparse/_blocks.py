@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,11 +26,17 @@ def pooled_block_scores(
     causal: bool,
     permutation: Tensor | None,
     pool_size: int | None = None,
+    parts: Sequence[tuple[int, int, int]] | None = None,
 ) -> Tensor:
     """Attention between the mean query and the mean key of every pair of blocks (pooled estimate of block mass).
 
     With a ``pool_size``, a divisor of the block size, the means are those of as many consecutive tokens; a block of
     keys has the sum of their attention, a block of queries their mean.
+
+    Args:
+        q, k, block_size, scale, causal, permutation, pool_size: as above.
+        parts: of causal scores: first and last (exclusive) query block of those that are computed together, and how
+            many keys the last of them sees; None: all at once. All other pairs have 0.
 
     Returns:
         (batch, heads, query_blocks, key_blocks) float32 or float64; rows sum to one over the blocks that they may see.
@@ -37,23 +44,29 @@ def pooled_block_scores(
     batch, heads, n, width = q.shape
     m = k.shape[2]
     pool = block_size if pool_size is None else pool_size
+    per_block = block_size // pool
     offset = query_offset(n, m, block_size, causal)
     queries, rows = _pool_means(permuted(q, permutation), pool, block_size, offset)
     keys, sizes = _pool_means(permuted(k, permutation), pool, block_size, 0)
     factor = 1.0 / math.sqrt(width) if scale is None else float(scale)
-    grouped = (queries * factor).reshape(batch, k.shape[1], -1, width)
+    queries = (queries * factor).unflatten(1, (k.shape[1], -1))
     # A pool of few keys receives less, an empty one nothing.
-    logits = (grouped @ keys.transpose(-1, -2)).view(batch, heads, -1, keys.shape[2]) + sizes.log()
-    if causal:
-        first = (m - n) // block_size * (block_size // pool)
-        later = torch.arange(len(sizes), device=q.device) > (torch.arange(len(rows), device=q.device) + first)[:, None]
-        logits = logits.masked_fill(later, -torch.inf)
-    mass = torch.softmax(logits, dim=-1)
-    if pool == block_size:
-        return mass
-    mass = mass.unflatten(-1, (-1, block_size // pool)).sum(-1).unflatten(2, (-1, block_size // pool))
-    weights = rows.view(-1, block_size // pool, 1)
-    return (mass * weights).sum(3) / weights.sum(1)
+    sizes, weights = sizes.log(), rows.view(-1, per_block, 1)
+    first = (m - n) // block_size * per_block
+    scores = queries.new_zeros(batch, heads, len(weights), num_blocks(m, block_size))
+    for start, end, seen in parts or [(0, len(weights), m)]:
+        most = num_blocks(seen, block_size) * per_block
+        group = queries[:, :, :, start * per_block : end * per_block].flatten(2, 3)
+        logits = (group @ keys[:, :, :most].transpose(-1, -2)).view(batch, heads, -1, most) + sizes[:most]
+        if causal:
+            own = torch.arange(start * per_block, end * per_block, device=q.device) + first
+            logits.masked_fill_(torch.arange(most, device=q.device) > own[:, None], -torch.inf)
+        mass = torch.softmax(logits, dim=-1)
+        if per_block > 1:
+            mass = mass.unflatten(-1, (-1, per_block)).sum(-1).unflatten(2, (-1, per_block))
+            mass = (mass * weights[start:end]).sum(3) / weights[start:end].sum(1)
+        scores[:, :, start:end, : mass.shape[-1]] = mass
+    return scores
 
 
 def visible_blocks(num_queries: int, num_keys: int, block_size: int, device: torch.device) -> Tensor:
@@ -70,14 +83,15 @@ def _pool_means(x: Tensor, pool_size: int, block_size: int, offset: int) -> tupl
     Returns:
         (batch, heads, pools, d), at least float32; (pools,) of the same dtype.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    length = x.shape[2]
+    length, wide = x.shape[2], torch.promote_types(x.dtype, torch.float32)
     places = num_blocks(length + offset, block_size) * block_size
-    padded = torch.nn.functional.pad(x, (0, 0, offset, places - length - offset))
+    if places > length:
+        x = torch.nn.functional.pad(x, (0, 0, offset, places - length - offset))
     ends = torch.arange(pool_size, places + 1, pool_size, device=x.device)
     sizes = ends.clamp_max(length + offset) - (ends - pool_size).clamp_min(offset)
-    sizes = sizes.clamp_min(0).to(x.dtype)
-    return padded.unflatten(2, (-1, pool_size)).sum(3) / sizes.clamp_min(1)[:, None], sizes
+    sizes = sizes.clamp_min(0).to(wide)
+    # Widened within the sum: a copy of all that is summed would take far longer than the sum.
+    return x.unflatten(2, (-1, pool_size)).sum(3, dtype=wide) / sizes.clamp_min(1)[:, None], sizes
 
 
 def last_visible(visible: Tensor) -> Tensor:

@@ -13,19 +13,16 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, pad
 
 from entreg.entropy.soft_partition import entropy_of_masses
-from entreg.sparse._block_masses_cpu import block_masses
 from entreg.sparse._blocks import last_visible, pooled_block_scores
 from entreg.sparse._counting import num_blocks, query_offset
 from entreg.sparse._fused_entries import fused_entries
-from entreg.sparse._loops import serves
 from entreg.sparse.config import DecoderSparsity
 
-# Query blocks whose sampled rows are looked at together: their keys end at the last of them, so that little of the
-# causal upper part is computed.
-_CHUNK_BLOCKS = 8
+# Query blocks whose estimates are computed together: their keys end at the last of them, so that little of the causal
+# upper part is computed. An eighth of a prompt, within these bounds: more would not stay in a cache.
+_LEAST_TOGETHER, _MOST_TOGETHER = 8, 16
 LEAST_CHOICE = 3
 """Blocks per row: the sink, the row's own and one to choose."""
-_BISECTIONS = 50
 # Selections that make one of two estimates.
 _BOTH = ("validated", "mixture")
 _FITTING_STEPS = 4
@@ -45,12 +42,10 @@ def selection_entries(sparsity: DecoderSparsity, num_queries: int, num_keys: int
         if sparsity.selection in ("sampled", *_BOTH):
             entries += fused_entries(n, m, size, sparsity.num_sampled_queries, 1)
         return entries
+    chunks, pools = _chunks(size, n, m), size // sparsity.pool_size
     if sparsity.selection in ("pooled", *_BOTH):
-        rows = num_blocks(n + query_offset(n, m, size, True), size)
-        pools = size // sparsity.pool_size
-        entries += rows * pools * num_blocks(m, size) * pools
+        entries += sum((end - start) * pools * num_blocks(keys, size) * pools for start, end, keys in chunks)
     if sparsity.selection in ("sampled", *_BOTH):
-        chunks = _chunks(size, n, m)
         entries += sum((end - start) * sparsity.num_sampled_queries * keys for start, end, keys in chunks)
     return entries
 
@@ -92,7 +87,10 @@ def block_scores(
     pooled = sampled = None
     if sparsity.selection in ("pooled", *_BOTH):
         pool = sparsity.pool_size
-        pooled = pooled_block_scores(q, k, block_size, scale=scale, causal=True, permutation=None, pool_size=pool)
+        parts = _chunks(block_size, n, m)
+        pooled = pooled_block_scores(
+            q, k, block_size, scale=scale, causal=True, permutation=None, pool_size=pool, parts=parts
+        )
         pooled = pooled.unflatten(1, shared).mean(2)
     if sparsity.selection in ("sampled", *_BOTH):
         sampled = _sampled_scores(q, k, sparsity.num_sampled_queries, block_size, scale, mask).unflatten(1, shared)
@@ -232,17 +230,15 @@ def counts_by_entropy(
     support = entropy_of_masses(mass).exp().mean(-1).double().cpu()
     table = torch.tensor(densities, dtype=torch.float64)
     most = len(densities)
-    low, high = torch.zeros(len(support), 1, dtype=torch.float64), torch.full((len(support), 1), float(most))
-
-    def counts_at(factor: Tensor) -> Tensor:
-        return (factor * support).floor().long().clamp(least, most)
-
-    # The density is a step function that grows with the factor: bisection finds the largest that is not too dense.
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        fits = table[counts_at(middle) - 1].mean(-1, keepdim=True) <= density
-        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-    return counts_at(low).to(scores.device)
+    # The density grows with the factor in steps, where a head's count is a whole number.
+    factors = (torch.arange(1, most + 1, dtype=torch.float64) / support[..., None]).flatten(1).sort(-1).values
+    # Just beyond the step, whatever the rounding.
+    products = factors[:, :, None] * (1.0 + 1e-12) * support[:, None]
+    counts = products.floor().long().clamp(least, most)
+    fitting = (table[counts - 1].mean(-1) <= density).sum(-1)
+    images = torch.arange(len(counts))
+    chosen = torch.where((fitting > 0)[:, None], counts[images, (fitting - 1).clamp_min(0)], least)
+    return chosen.to(scores.device)
 
 
 def blocks_by_mass(scores: Tensor, total: float, visible: Tensor, entries: Tensor) -> Tensor:
@@ -274,11 +270,12 @@ def _first_visible(scores: Tensor, visible: Tensor) -> Tensor:
 
 
 def _chunks(block_size: int, num_queries: int, num_keys: int) -> list[tuple[int, int, int]]:
-    """First and last (exclusive) query block of every chunk, and how many keys its last block sees."""
+    """First and last (exclusive) query block of those computed together, and how many keys the last of them sees."""
     rows = num_blocks(num_queries + query_offset(num_queries, num_keys, block_size, True), block_size)
     first = (num_keys - num_queries) // block_size
-    starts = range(0, rows, _CHUNK_BLOCKS)
-    ends = [min(start + _CHUNK_BLOCKS, rows) for start in starts]
+    together = min(max(rows // 8, _LEAST_TOGETHER), _MOST_TOGETHER)
+    starts = range(0, rows, together)
+    ends = [min(start + together, rows) for start in starts]
     return [(start, end, min((first + end) * block_size, num_keys)) for start, end in zip(starts, ends, strict=True)]
 
 
@@ -301,10 +298,7 @@ def _sampled_scores(
         rows = (block[:, None] * block_size + within - query_offset(n, m, block_size, True)).clamp(0, n - 1).flatten()
         chosen = (q.index_select(2, rows) * factor).reshape(batch, key_heads, -1, width)
         logits = _products(chosen, k[:, :, :keys]).view(batch, heads, -1, keys)
-        if mask is None and serves(logits):
-            mass = block_masses(logits, (rows + (m - n) + 1).clamp_max(keys), block_size)
-        else:
-            mass = _masses(logits, rows, start, block_size, n, m, mask)
+        mass = _masses(logits, rows, start, block_size, n, m, mask)
         mass = mass.unflatten(2, (end - start, number)).mean(3)
         parts.append(pad(mass, (0, blocks - mass.shape[-1])))
     return torch.cat(parts, dim=2)
@@ -314,8 +308,10 @@ def _masses(
     logits: Tensor, rows: Tensor, first_block: int, block_size: int, n: int, m: int, mask: Tensor | None
 ) -> Tensor:
     """Softmax over the keys that each row may see, summed over blocks of them; float32 or float64."""
-    keys = logits.shape[-1]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    keys, wide = logits.shape[-1], torch.promote_types(logits.dtype, torch.float32)
+    if logits.dtype != torch.bfloat16:
+        # A key's mass may lie below the range of float16.
+        logits = logits.to(wide)
     # All rows see the keys before their first block.
     seen = 0 if mask is not None else min((first_block + (m - n) // block_size) * block_size, keys)
     if mask is None:
@@ -326,7 +322,7 @@ def _masses(
     mass = torch.softmax(logits, dim=-1)
     ragged = -keys % block_size
     mass = pad(mass, (0, ragged)) if ragged else mass
-    return mass.unflatten(-1, (-1, block_size)).sum(-1)
+    return mass.unflatten(-1, (-1, block_size)).sum(-1, dtype=wide)
 
 
 def _products(q: Tensor, k: Tensor) -> Tensor:
