@@ -114,7 +114,9 @@ def _block_rows(
             if mask is not None:
                 allowed = pad(allowed, (most * size - allowed.shape[-1], 0), value=True)
                 allowed = allowed & _gathered_mask(mask, plan, part, index, key_heads, blocks, leading, share)
-            pieces.append(attend(groups.index_select(0, part), keys, values, scale, allowed))
+            piece = attend(groups.index_select(0, part), keys, values, scale, allowed)
+            # Without a mask every query sees itself.
+            pieces.append(piece if mask is None else piece * allowed.any(-1, keepdim=True))
             places.append(part)
     out = torch.cat(pieces).index_select(0, torch.cat(places).argsort())
     out = out.view(batch, key_heads, blocks, share, size, -1).transpose(2, 3).reshape(batch, heads, blocks * size, -1)

@@ -50,7 +50,7 @@ def attend_groups(q: Tensor, k: Tensor, v: Tensor, scale: float, allowed: Tensor
         v: (groups, keys, d_v).
         scale: factor of the logits.
         allowed: bool, broadcastable to (groups, rows, columns): of the last ``columns`` keys, those that are attended
-            to; None for all. A row without any gets zeros.
+            to; None for all. What a row without any gets is arbitrary, but finite.
 
     Returns:
         (groups, rows, d_v).
@@ -59,10 +59,7 @@ def attend_groups(q: Tensor, k: Tensor, v: Tensor, scale: float, allowed: Tensor
     logits = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0.0, alpha=scale)
     if allowed is not None:
         logits[:, :, -allowed.shape[-1] :].masked_fill_(~allowed, torch.finfo(logits.dtype).min)
-    out = torch.bmm(torch.softmax(logits, dim=-1, out=logits), v)
-    if allowed is not None and allowed.shape[-1] == k.shape[1]:
-        out.masked_fill_(~allowed.any(-1, keepdim=True), 0.0)
-    return out
+    return torch.bmm(torch.softmax(logits, dim=-1, out=logits), v)
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
