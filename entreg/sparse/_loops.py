@@ -9,8 +9,6 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from entreg.parallel import default_threads
-
 # Sums in any order: what lets them be computed in vector registers. Infinities and NaN keep their meaning.
 ANY_ORDER = {"reassoc", "contract", "arcp", "nsz", "afn"}
 # bfloat16 is the upper half of float32.
@@ -26,14 +24,6 @@ def serves(*tensors: Tensor) -> bool:
         and dtype in SHIFTS
         and not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors))
     )
-
-
-def spare_threads() -> int:
-    """How many threads may run loops: this one, and one for each core on which no thread of PyTorch waits for work.
-
-    PyTorch's threads wait by spinning; a thread beside them gets half of a core, and comes late.
-    """
-    return 1 + max(0, default_threads() - torch.get_num_threads())
 
 
 def flat_memory(x: Tensor) -> tuple[np.ndarray, int, int, int]:

@@ -15,9 +15,10 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from entreg.parallel import chunk_ranges, run_chunks
-from entreg.sparse._loops import ANY_ORDER, INTEGERS, SHIFTS, exponentials, flat_memory, spare_threads, widen
+from entreg.parallel import chunk_ranges
+from entreg.sparse._loops import ANY_ORDER, INTEGERS, SHIFTS, exponentials, flat_memory, widen
 from entreg.sparse._recording import record_kernel
+from entreg.sparse._team import run_in_team, team_size
 
 # Numbers of keys times d below which a second thread costs more than it saves.
 _WORTH_A_THREAD = 1 << 18
@@ -99,11 +100,8 @@ def attend_chosen_pages(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: i
 
 def _in_threads(function: Callable[..., None], arguments: tuple, tasks: int, work: int) -> None:
     """Call a loop for the ranges of its tasks, in as many threads as there are and the work is worth."""
-    threads = min(spare_threads(), tasks, 1 + work // _WORTH_A_THREAD)
-    if threads == 1:
-        function(*arguments, 0, tasks)
-    else:
-        run_chunks(lambda first, last: function(*arguments, first, last), chunk_ranges(tasks, threads), threads)
+    parts = min(team_size(), tasks, 1 + work // _WORTH_A_THREAD)
+    run_in_team(lambda first, last: function(*arguments, first, last), chunk_ranges(tasks, parts))
 
 
 def known_pages(k: Tensor, last_keys: Tensor, size: int) -> int:

@@ -49,8 +49,8 @@ _LEAST_BLOCKS = 2
 class PageSummaries:
     """Means of the complete pages of one layer's key cache, brought up to date as the cache grows.
 
-    A cache may be cropped, reordered or replaced between calls: part of the last key of every page is kept and
-    compared, and what differs is computed anew. (In a model's first layer, where a key knows nothing of the tokens
+    A cache may be cropped, reordered or replaced between calls: part of one head's last key of every page is kept
+    and compared, and what differs is computed anew. (In a model's first layer, where a key knows nothing of the tokens
     before it, a page that was rewritten and ends in the same token is taken for the old one. That concerns which pages
     are chosen there, never what is read from them.)
 
@@ -77,15 +77,15 @@ class PageSummaries:
         return self._means[:, :, :pages] if pages else k[:, :, :0]
 
     def _ends(self, k: Tensor, pages: int) -> Tensor:
-        return k[:, :, self.page_size - 1 : pages * self.page_size : self.page_size, :_COMPARED]
+        return k[:, :1, self.page_size - 1 : pages * self.page_size : self.page_size, :_COMPARED]
 
     def _known_pages(self, k: Tensor, pages: int) -> int:
-        kept = self._last_keys
-        if kept is None or kept.dtype != k.dtype or kept.shape[:2] != k.shape[:2]:
+        kept, means = self._last_keys, self._means
+        if kept is None or means.dtype != k.dtype or means.shape[:2] != k.shape[:2]:
             return 0
         both = min(kept.shape[2], pages)
         if serves(k):
-            return _pages_cpu.known_pages(k, kept[:, :, :both], self.page_size)
+            return _pages_cpu.known_pages(k[:, :1], kept[:, :, :both], self.page_size)
         same = (kept[:, :, :both] == self._ends(k, both)).all(-1).all(1).all(0)
         return int(same.to(torch.int64).cumprod(0).sum())
 

@@ -5,7 +5,6 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from entreg.sparse import DecoderSparsity, PageSummaries, decoder_attention, decoder_plan
-from entreg.sparse import _loops as shared
 from entreg.sparse import _pages_cpu as loops
 from entreg.sparse._loops import serves
 
@@ -79,7 +78,7 @@ def test_several_threads_give_what_one_gives(monkeypatch):
     chosen = torch.ones(3, 2, 1, 13, dtype=torch.bool)
     results = []
     for threads in (1, 4):
-        monkeypatch.setattr(loops, "spare_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(loops, "team_size", lambda threads=threads: threads)
         best = loops.choose_pages(q, k[:, :, :40], 41, 9, 0.2, True)
         results.append((loops.attend_chosen_pages(q, k, v, chosen, 16, 0.2), best))
     for one, several in zip(*results, strict=True):
@@ -98,10 +97,3 @@ def test_tensors_that_the_loops_do_not_take_go_another_way():
     assert q.grad.abs().sum() > 0
     with torch.no_grad():
         assert torch.allclose(decoder_attention(q, k, v, sparsity)[0], out, atol=1e-6)
-
-
-def test_loops_leave_the_cores_of_torch_alone(monkeypatch):
-    monkeypatch.setattr(shared, "default_threads", lambda: 8)
-    for busy, spare in ((1, 8), (6, 3), (8, 1), (12, 1)):
-        monkeypatch.setattr(torch, "get_num_threads", lambda busy=busy: busy)
-        assert shared.spare_threads() == spare
