@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 from torch import Tensor
 
 # Sums in any order: what lets them be computed in vector registers. Infinities and NaN keep their meaning.
@@ -57,3 +61,27 @@ def exponentials(x: np.ndarray, length: int, exponents: np.ndarray, powers: np.n
         x[i] = p * f + np.float32(9.9999994e-1)
     for i in range(length):
         x[i] *= powers[i]
+
+
+@intrinsic
+def _prefetch(typing_context: Any, memory: Any, at: Any) -> Any:
+    """Ask for the cache line that holds memory[at]."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        address = builder.bitcast(builder.gep(array.data, [arguments[1]]), ir.IntType(8).as_pointer())
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        # To be read; into the second level, which does not hold up what is read now; data.
+        builder.call(function, [address, number(0), number(2), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(memory, types.intp), generate
+
+
+@njit(cache=True, nogil=True, inline="always")
+def prefetch(memory: np.ndarray, start: int, length: int) -> None:
+    """Ask for numbers that will be read soon."""
+    for i in range(start, start + length, 64 // memory.itemsize):
+        _prefetch(memory, i)

@@ -16,7 +16,7 @@ from numba import njit
 from torch import Tensor
 
 from entreg.parallel import chunk_ranges
-from entreg.sparse._loops import ANY_ORDER, INTEGERS, SHIFTS, exponentials, flat_memory, widen
+from entreg.sparse._loops import ANY_ORDER, INTEGERS, SHIFTS, exponentials, flat_memory, prefetch, widen
 from entreg.sparse._recording import record_kernel
 from entreg.sparse._team import run_in_team, team_size
 
@@ -220,6 +220,13 @@ def _attend(
         for page in range(mask.shape[1]):
             if not mask[task, page]:
                 continue
+            # Chosen pages lie apart: while this one is worked on, the next one is fetched.
+            following = page + 1
+            while following < mask.shape[1] and not mask[task, following]:
+                following += 1
+            for place in range(following * size, min((following + 1) * size, m)):
+                prefetch(keys, key_start + place * key_m, d)
+                prefetch(values, value_start + place * value_m, d_v)
             rows = min(size, m - page * size)
             for r in range(rows):
                 place = page * size + r

@@ -43,9 +43,9 @@ def recorded_kernels() -> Iterator[list[str]]:
     """Collect the names of the attention kernels that run inside, in order.
 
     Names: ``"flash"`` (also PyTorch's own on the CPU), ``"efficient"``, ``"cudnn"``, ``"fused"`` (other devices),
-    ``"triton"`` (kernels of our own) and ``"math"`` (a softmax over four axes that some other operator computed: SDPA
-    without a fused kernel, or a model's own unfused attention). Compiled models hide their operators; record the model
-    uncompiled.
+    kernels of our own (``"triton"``; on a CPU ``"products"`` for prompts, ``"loops"`` for a token that is written) and
+    ``"math"`` (a softmax over four axes that some other operator computed: SDPA without a fused kernel, or a model's
+    own unfused attention). Compiled models hide their operators; record the model uncompiled.
 
     Yields:
         the list, filled while the block runs.
