@@ -137,11 +137,14 @@ def _speed_outcome(cell: SpeedCell, aim: SpeedAim) -> list[str]:
     if row is None or row.get("speedup_over_dense") is None:
         elsewhere = any(is_default(one["method"]) for one in cell.rows) and row is None
         return [NOT_RUN, MISSING, _ELSEWHERE if elsewhere else NOT_RUN]
-    bound = f", Amdahl {ratio(row['bound'])}" if row.get("bound") is not None else ""
-    at = f"{percent(row['realised_sparsity'])}, {row.get('kernel') or 'kernel unknown'}, {cell.device}{bound}"
+    at = f"{percent(row['realised_sparsity'])}, {row.get('kernel') or 'kernel unknown'}, {cell.device}"
+    bound = "" if row.get("bound") is None else f"Amdahl {ratio(row['bound'])}"
     speedup = _over_fused(row)
     if speedup != row["speedup_over_dense"]:
-        at += f"; {ratio(row['speedup_over_dense'])} over the fastest way to run the dense model, which is not fused"
+        fastest = "over the fastest way to run the dense model, which is not fused"
+        at += f"; {ratio(row['speedup_over_dense'])} {fastest}{bound and f' ({bound})'}"
+    elif bound:
+        at += f", {bound}"
     verdict = "met" if speedup >= aim.target else "missed"
     return [ratio(speedup), at, verdict]
 

@@ -307,6 +307,16 @@ def test_aims_met_missed_and_not_run():
     assert aims([language_record(full()), speed_record(speed)]).notes[0].startswith("4 of 6 judged aims met, 7 set.")
 
 
+def test_an_aim_is_over_fused_attention_and_the_bound_over_the_fastest_of_all():
+    row = {**timed("ours", 1 / 1.5, bound=1.74), "speedup_over_fused": 1.7}
+    found = aims_by_measure([speed_record([row])])["prefill, speed-up", "context 4,096, batch 1"]
+    assert (found["measured"], found["verdict"]) == ("1.70x", "met")
+    assert found["at"] == (
+        "75.0 %, gather, CPU, 2 thread(s); 1.50x over the fastest way to run the dense model, which is not fused "
+        "(Amdahl 1.74x)"
+    )
+
+
 def test_what_realises_another_sparsity_meets_no_aim():
     rows = [text("dense", 0.0, [1.0]), text("ours", 0.75, [1.0], realised=0.65)]
     found = aims_by_measure([language_record(rows), speed_record([timed("ours", 0.1, realised=0.9)])])
