@@ -46,7 +46,8 @@ llm-experiment = $(or $(patsubst %,llm/%,$(known-llm.$(MODEL))),llm/other)
 known-llm.meta-llama/Llama-2-7b-hf := llama_2_7b
 known-llm.mistralai/Mistral-7B-v0.1 := mistral_7b
 known-llm.microsoft/phi-2 := phi_2
-paper-texts = $(if $(WIKITEXT),data.text.root='$(WIKITEXT)') $(if $(CNN),data.summaries.root='$(CNN)')
+# Hydra reads the inner quotes, so that paths may have spaces, parentheses and commas.
+paper-texts = $(if $(WIKITEXT),"data.text.root='$(WIKITEXT)'") $(if $(CNN),"data.summaries.root='$(CNN)'")
 from-checkpoint = base.checkpoint=results/checkpoints/$(1)-seed0.safetensors
 
 .PHONY: setup
@@ -71,7 +72,7 @@ study-geometry: $(STAMP) ## the full geometry study behind the reference records
 reproduce-vit: $(STAMP) ## ViT claims: offline on digit scenes, or PROFILE=paper IMAGENET=/data/imagenet
 	@$(call known-profile)
 ifeq ($(PROFILE),paper)
-	$(BIN)/python scripts/vision.py experiment=vit/imagenet profile=paper data.root='$(IMAGENET)' $(OVERRIDES)
+	$(BIN)/python scripts/vision.py experiment=vit/imagenet profile=paper "data.root='$(IMAGENET)'" $(OVERRIDES)
 	$(BIN)/python scripts/benchmark.py benchmark=vision_speed profile=paper
 else
 	$(BIN)/python scripts/vision.py experiment=vit/digit_scenes profile=reproduce $(call from-checkpoint,vit-digit-scenes) $(OVERRIDES)
@@ -82,7 +83,7 @@ endif
 reproduce-cifar: $(STAMP) ## robustness claim: offline on corrupted digits, or PROFILE=paper CIFAR=/data/cifar
 	@$(call known-profile)
 ifeq ($(PROFILE),paper)
-	$(BIN)/python scripts/vision.py experiment=cifar/cifar100 profile=paper data.root='$(CIFAR)' $(OVERRIDES)
+	$(BIN)/python scripts/vision.py experiment=cifar/cifar100 profile=paper "data.root='$(CIFAR)'" $(OVERRIDES)
 else
 	$(BIN)/python scripts/vision.py experiment=cifar/digits profile=reproduce $(call from-checkpoint,cifar-digits) $(OVERRIDES)
 endif
@@ -92,7 +93,7 @@ reproduce-llm: $(STAMP) ## LLM claims: offline on SmolLM2, or PROFILE=paper MODE
 	@$(call known-profile)
 ifeq ($(PROFILE),paper)
 	@test -n '$(MODEL)' || { echo "PROFILE=paper needs MODEL=meta-llama/Llama-2-7b-hf, mistralai/Mistral-7B-v0.1, microsoft/phi-2 or a local folder" >&2; exit 2; }
-	$(BIN)/python scripts/language.py experiment=$(llm-experiment) profile=paper model.name='$(MODEL)' $(paper-texts) $(OVERRIDES)
+	$(BIN)/python scripts/language.py experiment=$(llm-experiment) profile=paper "model.name='$(MODEL)'" $(paper-texts) $(OVERRIDES)
 	$(BIN)/python scripts/benchmark.py benchmark=language_speed_gpu profile=paper
 else
 	$(BIN)/python scripts/language.py experiment=llm/smollm2 profile=reproduce $(OVERRIDES)

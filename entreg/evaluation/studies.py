@@ -115,9 +115,9 @@ def run_all(runs: Sequence[Run], *, store: str | Path, command: str, force: bool
                 except Exception as error:
                     if distributed.launched() or len(runs) == 1:
                         raise
-                    print(
-                        f"Failed: {runs[number].experiment} {runs[number].label}: {described(error)}", file=sys.stderr
-                    )
+                    known = described(error) in map(described, failures)
+                    reason = "for the same reason" if known else described(error)
+                    print(f"Failed: {runs[number].experiment} {runs[number].label}: {reason}", file=sys.stderr)
                     failures.append(error)
     if failures:
         print(f"{len(failures)} of {len(runs)} runs failed; the same command runs only them again.", file=sys.stderr)

@@ -98,6 +98,15 @@ def test_a_plain_call_with_several_runs_does_all_it_can(project, monkeypatch):
     ]
 
 
+def test_a_reason_is_said_once(project):
+    status, _, err = project.run("numbers=[0,1,2]", "defects=[0,2]")
+    assert status == 1
+    assert [line.partition(": ")[2] for line in err.splitlines() if line.startswith("Failed")] == [
+        "tests/sweep number 0: defect: ZeroDivisionError: division by zero",
+        "tests/sweep number 2: for the same reason",
+    ]
+
+
 @pytest.mark.slow
 def test_two_launchers_run_no_job_twice(project):
     command = ["-m", "seconds=0.4", "number=range(12)"]
