@@ -73,7 +73,7 @@ reproduce-vit: $(STAMP) ## ViT claims: offline on digit scenes, or PROFILE=paper
 	@$(call known-profile)
 ifeq ($(PROFILE),paper)
 	$(BIN)/python scripts/vision.py experiment=vit/imagenet profile=paper "data.root='$(IMAGENET)'" $(OVERRIDES)
-	$(BIN)/python scripts/benchmark.py benchmark=vision_speed profile=paper
+	$(BIN)/python scripts/benchmark.py benchmark=vision_speed_gpu profile=paper
 else
 	$(BIN)/python scripts/vision.py experiment=vit/digit_scenes profile=reproduce $(call from-checkpoint,vit-digit-scenes) $(OVERRIDES)
 	$(BIN)/python scripts/benchmark.py benchmark=vision_speed profile=reproduce
