@@ -39,7 +39,8 @@ def test_a_sweep_killed_twice_ends_with_each_of_its_runs_once(tmp_path):
         launcher = start(tmp_path)
         wait_until(lambda l=launcher, n=least: l.poll() is not None or len(list(store.glob("*.json"))) >= n, 400)
         assert launcher.poll() is None, (tmp_path / "launcher.txt").read_text()
-        time.sleep(moments.random() * 2)
+        # Short of the time that the other runs take, a few tenths of a second each.
+        time.sleep(moments.random() * 0.6)
         os.killpg(launcher.pid, signal.SIGKILL)
         launcher.wait()
         for path, time_and_file in finished.items():
