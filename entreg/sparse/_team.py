@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -70,7 +71,8 @@ def _entry() -> Callable[..., None] | None:
         return None
     for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*")):
         try:
-            entry = ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL | 4).GOMP_parallel
+            # The one that is loaded already, not a second copy.
+            entry = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD).GOMP_parallel
         except (OSError, AttributeError):
             continue
         entry.argtypes, entry.restype = (_Region, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
