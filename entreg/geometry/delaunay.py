@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from entreg.errors import InputError
+from entreg.geometry._kernels import kernel
 from entreg.geometry.delaunay_faces import (
     hull_edges,
     mark_outside,
@@ -135,7 +135,7 @@ def _coplanar(simplices: np.ndarray, duplicates: np.ndarray) -> np.ndarray:
     return rows
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _degeneracy(points):
     """Status of finite points: too few distinct, all on one line, or neither."""
     count = points.shape[0]
@@ -156,7 +156,7 @@ def _degeneracy(points):
     return _COLLINEAR if distinct == 3 else _TOO_FEW
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _scale_factors(largest):
     """Two powers of two that together bring magnitudes up to ``largest`` into the range of the floating-point filters.
 
@@ -169,7 +169,7 @@ def _scale_factors(largest):
     return 2.0**half, 2.0 ** (exponent - half)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _triangulate_serially(points, adaptive, column_limit):
     """Status, simplices, neighbors, hull edges and duplicates; the arrays are empty unless the status is good."""
     count = points.shape[0]

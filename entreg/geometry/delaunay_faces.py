@@ -5,12 +5,12 @@ The last word of a directed edge is 0 while the triangle on its left has no numb
 """
 
 import numpy as np
-from numba import njit
 
+from entreg.geometry._kernels import kernel
 from entreg.geometry.delaunay_merge import FACE, NONE, PREVIOUS, WORDS
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def mark_outside(links, handle):
     """Mark the edges that have the outside on their left and return their number."""
     edge = handle
@@ -23,7 +23,7 @@ def mark_outside(links, handle):
             return count
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def hull_edges(links, original, handle, count):
     """The ``(count, 2)`` int32 edges of the convex hull, counter-clockwise."""
     hull = np.empty((count, 2), np.int32)
@@ -36,7 +36,7 @@ def hull_edges(links, original, handle, count):
     return hull
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def number_triangles(links, original, simplices, start, stop, first, step):
     """Number the triangles of the edges ``start .. stop - 1`` and write their vertices.
 
@@ -68,7 +68,7 @@ def number_triangles(links, original, simplices, start, stop, first, step):
             triangle += step
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def write_neighbors(links, neighbors, start, stop):
     """Write the neighbours that meet in the edge pairs ``start .. stop - 1`` into the flat int32 ``neighbors``."""
     for pair in range(start, stop):

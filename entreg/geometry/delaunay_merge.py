@@ -15,8 +15,8 @@ on the hull. ``pool`` holds the first free edge and the first slot never used.
 """
 
 import numpy as np
-from numba import njit
 
+from entreg.geometry._kernels import kernel, part
 from entreg.geometry.delaunay_predicates import (
     ANGLE_BOUND,
     CROSS_BOUND,
@@ -40,7 +40,7 @@ TOP_LEVEL = 32767
 MOST_LEVELS = 8192
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def merge_cells(scaled, exact, links, levels, start, stop):
     """Triangulate the points ``start .. stop - 1``, which lie in the order of their trie.
 
@@ -77,7 +77,7 @@ def merge_cells(scaled, exact, links, levels, start, stop):
     return handles[0, 0], handles[0, 1], pool[0]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def merge_blocks(scaled, exact, links, free, handles, levels):
     """Merge the triangulations of consecutive blocks of points.
 
@@ -115,7 +115,7 @@ def merge_blocks(scaled, exact, links, free, handles, levels):
     return handles[0, 0]
 
 
-@njit(cache=True, nogil=True)
+@part
 def _merge(scaled, exact, links, pool, below, below_upper, above, above_upper, level):
     """Merge two triangulations that a line separates, the first left of it (level even) or below it (odd).
 
@@ -230,7 +230,7 @@ def _merge(scaled, exact, links, pool, below, below_upper, above, above_upper, l
         twin = reverse
 
 
-@njit(cache=True, nogil=True)
+@part
 def _lower_tangent(scaled, exact, links, below, below_upper, above, above_upper, axis):
     """Where the first edge between two triangulations goes.
 
@@ -268,7 +268,7 @@ def _lower_tangent(scaled, exact, links, below, below_upper, above, above_upper,
     return left_edge, left, right_edge, right
 
 
-@njit(cache=True, nogil=True)
+@part
 def _climb(exact, links, lower, upper, axis, to_last):
     """The hull edge, outside on its left, whose origin is the last (or first) vertex along an axis."""
     edge = lower
@@ -295,7 +295,7 @@ def _climb(exact, links, lower, upper, axis, to_last):
         origin = tip
 
 
-@njit(cache=True, nogil=True)
+@part
 def _precedes(exact, axis, a, b):
     """Order along x, ties by y (axis 0), or the same after a quarter turn: along y, ties by falling x (axis 1)."""
     ax, ay = exact[2 * a], exact[2 * a + 1]
@@ -305,7 +305,7 @@ def _precedes(exact, axis, a, b):
     return ay < by or (ay == by and ax > bx)
 
 
-@njit(cache=True, nogil=True)
+@part
 def _take_edge(links, pool):
     edge = pool[0]
     if edge == NONE:
@@ -318,7 +318,7 @@ def _take_edge(links, pool):
     return edge
 
 
-@njit(cache=True, nogil=True)
+@part
 def _free_edge(links, pool, edge):
     links[WORDS * edge + FACE] = NONE
     links[WORDS * (edge ^ 1) + FACE] = NONE
@@ -326,7 +326,7 @@ def _free_edge(links, pool, edge):
     pool[0] = edge
 
 
-@njit(cache=True, nogil=True)
+@part
 def _insert_before(links, edge, place):
     """Put ``edge`` just clockwise of ``place`` around their origin."""
     previous = np.int64(links[WORDS * place + PREVIOUS])
@@ -336,7 +336,7 @@ def _insert_before(links, edge, place):
     links[WORDS * previous + NEXT] = edge
 
 
-@njit(cache=True, nogil=True)
+@part
 def _insert_after(links, edge, place):
     """Put ``edge`` just counter-clockwise of ``place`` around their origin."""
     following = np.int64(links[WORDS * place + NEXT])
@@ -346,7 +346,7 @@ def _insert_after(links, edge, place):
     links[WORDS * following + PREVIOUS] = edge
 
 
-@njit(cache=True, nogil=True)
+@part
 def _unlink(links, edge):
     """Take an edge out of the rings around both of its ends."""
     for end in (edge, edge ^ 1):
