@@ -24,16 +24,14 @@ def mark_outside(links, handle):
 
 
 @kernel
-def hull_edges(links, original, handle, count):
-    """The ``(count, 2)`` int32 edges of the convex hull, counter-clockwise."""
-    hull = np.empty((count, 2), np.int32)
+def write_hull(links, original, handle, hull):
+    """Write the edges of the convex hull, counter-clockwise, to all rows of the ``(edges, 2)`` int32 ``hull``."""
     edge = handle
-    for k in range(count - 1, -1, -1):
+    for k in range(hull.shape[0] - 1, -1, -1):
         # Along the edges with the outside on their left the hull runs clockwise.
         hull[k, 0] = original[links[WORDS * edge]]
         hull[k, 1] = original[links[WORDS * (edge ^ 1)]]
         edge = np.int64(links[WORDS * (edge ^ 1) + PREVIOUS])
-    return hull
 
 
 @kernel
@@ -78,3 +76,13 @@ def write_neighbors(links, neighbors, start, stop):
             neighbors[a - 1] = (b - 1) // 3 if b != NONE else -1
         if b != NONE:
             neighbors[b - 1] = (a - 1) // 3 if a != NONE else -1
+
+
+@kernel
+def write_faces(links, original, handle, simplices, neighbors, hull):
+    """Write triangles, neighbours and hull after :func:`mark_outside`, all in one call."""
+    zero = np.int64(0)
+    count = np.int64(original.shape[0])
+    number_triangles(links, original, simplices, zero, 6 * count, zero, np.int64(1))
+    write_neighbors(links, neighbors, zero, 3 * count)
+    write_hull(links, original, handle, hull)

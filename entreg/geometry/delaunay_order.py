@@ -193,6 +193,28 @@ def write_levels(packed, levels, start, stop):
 
 
 @kernel
+def arrange(scaled, x_low, y_low, extent, adaptive, packed, scratch, counts, levels):
+    """Write the keys of all points, sorted, and their levels: :func:`write_keys` to :func:`write_levels` in one call.
+
+    Args:
+        scaled, x_low, y_low, extent: As for :func:`write_keys`.
+        adaptive: Whether keys that are in order are not sorted.
+        packed, levels: Out: one entry per point.
+        scratch: Room for as many keys.
+        counts: Room for the counts of :func:`write_keys`, two int64.
+
+    Returns:
+        Whether any two neighbours share a key.
+    """
+    zero = np.int64(0)
+    count = packed.shape[0]
+    in_order = write_keys(scaled, x_low, y_low, extent, packed, counts, zero, count)
+    if not (adaptive and in_order):
+        sort_packed(packed, scratch, zero, count)
+    return write_levels(packed, levels, zero, count - 1)
+
+
+@kernel
 def resolve_ties(exact, packed, scratch, levels, column_limit):
     """Order the points that share a key, set their levels, and drop equal points.
 
