@@ -11,7 +11,6 @@ import hydra
 
 from entreg.atomic import write_text_atomic
 from entreg.cli import CONFIGS, entry_point
-from entreg.compat import ensure_torchvision
 from entreg.evaluation.costs import EXPERIMENTS, cost_page, paper_experiment
 from entreg.records import REFERENCE_ROOT, RecordStore
 
@@ -25,7 +24,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=PAGE, help="Markdown file")
     parser.add_argument("--check", action="store_true", help="exit with 1 when the file differs; write nothing")
     arguments = parser.parse_args()
-    ensure_torchvision()
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         experiments = [paper_experiment(name) for name in EXPERIMENTS]
     page = cost_page(experiments, RecordStore(arguments.records).load_all())

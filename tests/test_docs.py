@@ -11,6 +11,7 @@ from pathlib import Path
 
 import hydra
 import pytest
+import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_method
@@ -216,14 +217,71 @@ def test_make_targets_of_the_docs_exist():
                 assert set(asked) <= targets, line
 
 
+# ---- what is shown of Python runs as it stands
+
+CODE = re.compile(
+    r"^(?P<heading>#+ )|^\*\*`(?P<file>[^`]+)`\*\*$|^```python(?: (?P<needs>[^\n]+))?\n(?P<body>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+# A word after ```python says that a block needs more than `make setup` gives; its first line says so to the reader.
+NEEDS = {"cuda": ("# On a CUDA device:\n", torch.cuda.is_available)}
+SHOWN = [path for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))) if "```python" in path.read_text()]
+# Nothing may be fetched, and nobody's account be used.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+
+
+def program(path):
+    """The page's Python in the order of the page, every line with its number there.
+
+    The content of a file that is named above it is no part of it: that is for the recipes below, which need a copy of
+    the repository.
+    """
+    text, file = path.read_text(), None
+    lines = [""] * text.count("\n")
+    for match in CODE.finditer(text):
+        if match["body"] is None:
+            file = match["file"]
+            continue
+        if file is not None:
+            assert path == EXTENDING, file
+            continue
+        usable = True
+        if match["needs"] is not None:
+            first, is_there = NEEDS[match["needs"]]
+            assert match["body"].startswith(first)
+            usable = is_there()
+        compile(match["body"], str(path), "exec")
+        start = text.count("\n", 0, match.start("body"))
+        body = match["body"].splitlines()
+        if usable:
+            lines[start : start + len(body)] = body
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SHOWN if "```python" in path.read_text()], ids=lambda path: path.stem
+)
+def test_python_of_a_page_runs_from_top_to_bottom(path, tmp_path):
+    code = program(path)
+    if not code.strip():
+        pytest.skip("every block needs what this machine has not")
+    script = tmp_path / f"{path.stem}.py"
+    script.write_text(code)
+    environment = {**os.environ, **OFFLINE, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_every_recipe_of_files_is_followed():
+    titles = re.findall(r"^## (.*)", EXTENDING.read_text(), re.MULTILINE)
+    assert [title for title in titles if "### In the package" in section(EXTENDING, title)] == RECIPES
+
+
 # ---- the recipes are followed
 
-
-@pytest.mark.parametrize("title", ["A regulariser", "A plan"])
-def test_what_works_from_outside_works(title):
-    outside, _, _ = section(EXTENDING, title).partition("### In the package")
-    (code,) = blocks(outside, "python")
-    exec(compile(code, title, "exec"), {})
+RECIPES = ["A regulariser", "A plan", "An experiment"]
 
 
 def changes(text):
@@ -278,7 +336,7 @@ def copy_of_the_repository(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("title", ["A regulariser", "A plan", "An experiment"])
+@pytest.mark.parametrize("title", RECIPES)
 def test_the_recipe_works_as_written(title, copy_of_the_repository):
     root = copy_of_the_repository
     touched, lines = follow(title, root)

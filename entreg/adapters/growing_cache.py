@@ -11,14 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
 
-from entreg.compat import ensure_torchvision
 from entreg.errors import InputError
-
-ensure_torchvision()
-
-from transformers import Cache, PreTrainedConfig  # noqa: E402
-from transformers.cache_utils import DynamicLayer  # noqa: E402
 
 # A full buffer is copied to one larger by this fraction: a long text is copied a few times, not once per token.
 _GROWTH = 0.25

@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from entreg.atomic import folder_atomic
-from entreg.compat import ensure_torchvision
 from entreg.data.assets import ASSETS, asset_path, cache_directory
 from entreg.data.hub import hub_folder, is_hub_name
 from entreg.errors import AssetError, ConfigError, InputError, first_line
@@ -239,7 +238,6 @@ def require_context(model: nn.Module, length: int, name: str = "the model") -> N
 
 
 def _transformers() -> Any:
-    ensure_torchvision()
     try:
         import transformers
     except ImportError as error:

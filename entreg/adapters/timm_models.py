@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from entreg.cli import nearest
-from entreg.compat import ensure_torchvision
 from entreg.errors import AssetError, ConfigError
 from entreg.weights import load_weights
 
@@ -35,7 +34,6 @@ def vision_model(
         ConfigError: unknown architecture or option, or both ``pretrained`` and ``checkpoint``.
         AssetError: weights cannot be fetched, or are missing, damaged or another model's.
     """
-    ensure_torchvision()
     try:
         import timm
     except ModuleNotFoundError as error:

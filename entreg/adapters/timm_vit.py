@@ -16,7 +16,6 @@ from entreg.adapters.budgets import Plan, resolve_budgets
 from entreg.adapters.handles import Capture, ProbeHandle, VisionSparsifyHandle, watched_layers
 from entreg.adapters.timm_blocks import SparseAttention
 from entreg.adapters.timm_path import SparseBlocks
-from entreg.compat import ensure_torchvision
 from entreg.errors import ConfigError, InputError
 from entreg.sparse import (
     BlockSparsity,
@@ -143,7 +142,6 @@ def _restore(model: nn.Module) -> None:
 
 
 def _require_supported(model: nn.Module) -> None:
-    ensure_torchvision()
     try:
         from timm.layers import Attention
         from timm.models.vision_transformer import Block, VisionTransformer

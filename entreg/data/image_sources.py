@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from entreg.compat import ensure_torchvision
 from entreg.errors import AssetError, ConfigError, first_line
 
 
@@ -120,7 +119,6 @@ def cifar100(root: str | Path | None, part: str, *, download: bool) -> ImageSour
         AssetError: the files are missing, damaged, or not in the official layout.
         ConfigError: no root is given.
     """
-    ensure_torchvision()
     from torchvision.datasets import CIFAR100
 
     files = {"train": CIFAR100.train_list, "test": CIFAR100.test_list}[part]
@@ -157,7 +155,6 @@ def svhn(root: str | Path | None, part: str, *, download: bool) -> ImageSource:
         AssetError: the file is missing, damaged, or not in the official layout.
         ConfigError: no root is given.
     """
-    ensure_torchvision()
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
     from torchvision.datasets import SVHN

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from entreg.compat import ensure_torchvision
 from entreg.data.assets import cache_directory
 from entreg.data.image_sources import FileImages, ImageSource, TableImages
 from entreg.data.streaming import grouped_images, require_all_parts
@@ -78,7 +77,6 @@ def imagenet(
 
 
 def _folder_images(root: Path, part: str, num_classes: int, subset: bool) -> ImageSource:
-    ensure_torchvision()
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     folder = root / part

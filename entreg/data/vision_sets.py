@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from entreg.compat import ensure_torchvision
 from entreg.data.digits import SPLITS, describe_digits
 from entreg.data.image_sources import ImageSource, cifar100, svhn
 from entreg.data.imagenet import imagenet
@@ -166,7 +165,6 @@ def preprocessing(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: unknown key or model.
     """
-    ensure_torchvision()
     import timm
     from timm.data import resolve_data_config
 
@@ -195,7 +193,6 @@ def image_transform(
     Raises:
         ConfigError: an unknown argument.
     """
-    ensure_torchvision()
     from timm.data import create_transform
 
     if augmentation is None:
@@ -212,7 +209,6 @@ def mask_transform(settings: Mapping[str, Any]) -> Callable[[Image.Image], Tenso
     Args:
         settings: from :func:`preprocessing`.
     """
-    ensure_torchvision()
     from timm.data import create_transform
 
     # Where the crop goes beyond the image, it is filled with the mean: 0 is outside the object.

@@ -10,15 +10,14 @@ entropy, for T <= 1 - 1/k, and log k beyond.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class EntropyCertificate:
-    """Float64 tensors of one shape, in nats, with ``|soft - hard| <= bound``.
+class EntropyCertificate(NamedTuple):
+    """Holds float64 tensors of one shape, in nats, with ``|soft - hard| <= bound``; unpacks in this order.
 
     Attributes:
         soft: entropy of the mean soft assignments.

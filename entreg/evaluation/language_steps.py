@@ -8,19 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from entreg.adapters import probe
 from entreg.adapters.growing_cache import GrowingLayer
-from entreg.compat import ensure_torchvision
 from entreg.sparse import DecoderSparsity, PageSummaries, _products, decoder_plan
 from entreg.sparse._pages_cpu import attend_chosen_pages
-
-ensure_torchvision()
-
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, StaticCache  # noqa: E402
-from transformers.cache_utils import DynamicLayer  # noqa: E402
-from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
-from transformers.masking_utils import sdpa_mask  # noqa: E402
 
 FREE = "entreg_free"
 """Attention implementation that computes nothing: zeros in place of attention's output."""

@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from entreg.atomic import require_writable
-from entreg.compat import ensure_torchvision
 from entreg.entropy import BallEntropy, HalfspaceEntropy, attention_key_entropy, attention_row_entropy
 from entreg.errors import ConfigError
 from entreg.evaluation.timing import interleaved_timings
@@ -49,7 +48,6 @@ def block_step(batch: int, device: torch.device) -> Step:
     Raises:
         ConfigError: timm is not installed.
     """
-    ensure_torchvision()
     try:
         from timm.models.vision_transformer import Block
     except ModuleNotFoundError as error:

@@ -7,13 +7,13 @@ negated (an exact operation), so one set of kernels serves both. Chains are arra
 """
 
 import numpy as np
-from numba import njit
 
+from entreg.geometry._kernels import kernel, part
 from entreg.geometry._sorting import copy_record, sort_by_x
 from entreg.geometry.predicates import orient2d
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def find_ends(points, candidates, everything, start, stop):
     """Indices of the first and last point among candidates ``start..stop``, smallest index among duplicates.
 
@@ -46,42 +46,42 @@ def find_ends(points, candidates, everything, start, stop):
     return first, last
 
 
-@njit(cache=True, nogil=True)
-def extend_chain(records, size, x, y, index):
+@part
+def extend_chain(records, begin, end, x, y, index):
     """Append a point whose x is not smaller than that of the chain's end, keep the chain convex from below.
 
-    Of points with equal x the lowest stays, of equal points the smallest index. Orientation is exact.
+    Of points with equal x the lowest stays, of equal points the smallest index (a float). Orientation is exact.
 
     Returns:
-        The new size of the chain, which occupies ``records[:size]``.
+        The new end of the chain, which occupies the rows ``begin .. end - 1``.
     """
-    if size > 0 and records[size - 1, 0] == x:
-        if records[size - 1, 1] < y:
-            return size
-        if records[size - 1, 1] == y:
-            records[size - 1, 2] = min(records[size - 1, 2], index)
-            return size
-        size -= 1
-    while size >= 2 and (
-        orient2d(records[size - 2, 0], records[size - 2, 1], records[size - 1, 0], records[size - 1, 1], x, y) <= 0
+    if end > begin and records[end - 1, 0] == x:
+        if records[end - 1, 1] < y:
+            return end
+        if records[end - 1, 1] == y:
+            records[end - 1, 2] = min(records[end - 1, 2], index)
+            return end
+        end -= 1
+    while end - begin >= 2 and (
+        orient2d(records[end - 2, 0], records[end - 2, 1], records[end - 1, 0], records[end - 1, 1], x, y) <= 0
     ):
-        size -= 1
-    records[size, 0] = x
-    records[size, 1] = y
-    records[size, 2] = index
-    return size + 1
+        end -= 1
+    records[end, 0] = x
+    records[end, 1] = y
+    records[end, 2] = index
+    return end + 1
 
 
-@njit(cache=True, nogil=True)
-def chain_in_place(records):
-    """Replace records sorted by x by their chain, at the front; returns its size."""
-    size = 0
-    for k in range(records.shape[0]):
-        size = extend_chain(records, size, records[k, 0], records[k, 1], records[k, 2])
-    return size
+@part
+def chain_in_place(records, begin, stop):
+    """Replace the rows ``begin .. stop - 1``, sorted by x, by their chain, from ``begin`` on; returns its end."""
+    end = begin
+    for k in range(begin, stop):
+        end = extend_chain(records, begin, end, records[k, 0], records[k, 1], records[k, 2])
+    return end
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def join_chains(records, begins, ends):
     """Shorten consecutive chains to what remains of them in the chain of their union.
 
@@ -120,12 +120,12 @@ def join_chains(records, begins, ends):
                 break
 
 
-@njit(cache=True, nogil=True)
+@part
 def _turn(records, a, b, c):
     return orient2d(records[a, 0], records[a, 1], records[b, 0], records[b, 1], records[c, 0], records[c, 1])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def hull_of_candidates(points, candidates, everything):
     """Hull of a set small enough for one thread.
 
@@ -143,84 +143,84 @@ def hull_of_candidates(points, candidates, everything):
     """
     count = points.shape[0] if everything else candidates.shape[0]
     # Rows for both sides' points (lower from the front, upper from the back), their two ends, and two polylines.
-    records = np.empty((count + 14, 3))
-    lower_line = records[count + 4 : count + 9]
-    upper_line = records[count + 9 : count + 14]
-    low_x, high_x, low_y, high_y = _octagon(points, candidates, everything, count, lower_line, upper_line)
+    records = np.empty((count + 14, 3), np.float64)
+    lower_line = count + 4
+    upper_line = count + 9
+    low_x, high_x, low_y, high_y = _octagon(points, candidates, everything, records, lower_line, upper_line)
     if not (abs(low_x) < np.inf):
         return np.empty(0, np.int64)
-    first_x, first_y, first = lower_line[0]
-    last_x, last_y, last = lower_line[4]
-    lower_knots = _close_polyline(lower_line)
-    upper_knots = _close_polyline(upper_line)
-    lower = 0
+    first_x = records[lower_line, 0]
+    first_y = records[lower_line, 1]
+    last_x = records[lower_line + 4, 0]
+    last_y = records[lower_line + 4, 1]
+    # The lines are shortened; what joins the chains are copies of their ends.
+    for k in range(2):
+        copy_record(records, lower_line + 4 * k, records, count + k)
+        copy_record(records, upper_line + 4 * k, records, count + 2 + k)
+    lower_knots = _close_polyline(records, lower_line)
+    upper_knots = _close_polyline(records, upper_line)
+    lower = np.int64(0)
     upper = count
     for k in range(count):
         index = k if everything else candidates[k]
-        x = np.float64(points[index, 0])
-        y = np.float64(points[index, 1])
+        x = points[index, 0]
+        y = points[index, 1]
         if (low_x < x) & (x < high_x) & (low_y < y) & (y < high_y):
             continue
-        if _side_of_polyline(lower_line, lower_knots, x, y) <= 0:
+        if _side_of_polyline(records, lower_line, lower_knots, x, y) <= 0:
             if not ((x == first_x and y == first_y) or (x == last_x and y == last_y)):
                 records[lower, 0] = x
                 records[lower, 1] = y
                 records[lower, 2] = index
                 lower += 1
-        elif _side_of_polyline(upper_line, upper_knots, x, -y) <= 0:
+        elif _side_of_polyline(records, upper_line, upper_knots, x, -y) <= 0:
             upper -= 1
             records[upper, 0] = x
             records[upper, 1] = -y
             records[upper, 2] = index
-    sort_by_x(records[:lower])
-    sort_by_x(records[upper:count])
+    if first_x == last_x and first_y == last_y:
+        return np.empty(1, np.int64)
     bounds = np.empty((4, 3), np.int64)
     for side in range(2):
         row = count + 2 * side
-        records[row, 0] = first_x
-        records[row, 1] = -first_y if side else first_y
-        records[row, 2] = first
-        records[row + 1, 0] = last_x
-        records[row + 1, 1] = -last_y if side else last_y
-        records[row + 1, 2] = last
-        begins = bounds[2 * side]
-        ends = bounds[2 * side + 1]
-        begins[0] = row
-        begins[1] = upper if side else 0
-        begins[2] = row + 1
-        ends[0] = row + 1
-        ends[1] = begins[1] + chain_in_place(records[begins[1] : count if side else lower])
-        ends[2] = row + 2
-        join_chains(records, begins, ends)
-    if first == last:
-        return np.empty(1, np.int64)
+        begin = upper if side else np.int64(0)
+        stop = count if side else lower
+        sort_by_x(records, begin, stop)
+        bounds[2 * side, 0] = row
+        bounds[2 * side, 1] = begin
+        bounds[2 * side, 2] = row + 1
+        bounds[2 * side + 1, 0] = row + 1
+        bounds[2 * side + 1, 1] = chain_in_place(records, begin, stop)
+        bounds[2 * side + 1, 2] = row + 2
+        join_chains(records, bounds[2 * side], bounds[2 * side + 1])
     return hull_from_chains(records, bounds[0], bounds[1], bounds[2], bounds[3])
 
 
-@njit(cache=True, nogil=True)
-def _octagon(points, candidates, everything, count, lower_line, upper_line):
+@part
+def _octagon(points, candidates, everything, records, lower_line, upper_line):
     """Extreme points in the directions of the axes and diagonals.
 
-    They are written as records, from the first point to the last, to ``lower_line`` (first, least x + y, least y,
-    greatest x - y, last) and, with y negated, to ``upper_line``. The sums may be rounded: what matters is only that
-    the records are points of the input.
+    They are written as records, from the first point to the last, to the rows from ``lower_line`` on (first, least
+    x + y, least y, greatest x - y, last) and, with y negated, to those from ``upper_line`` on. The sums may be rounded:
+    what matters is only that the records are points of the input.
 
     Returns:
         An open rectangle ``(low x, high x, low y, high y)``, possibly empty, of points that are no hull vertices: at
         every x in it the segment between the two lower corner points is not above it, and that between the two upper
         ones not below it. The first is NaN when a coordinate is not finite.
     """
+    count = points.shape[0] if everything else candidates.shape[0]
     first = candidates[0] if not everything else 0
     last = bottom = top = south_west = south_east = north_west = north_east = first
-    first_x = last_x = np.float64(points[first, 0])
-    first_y = last_y = low = high = np.float64(points[first, 1])
+    first_x = last_x = points[first, 0]
+    first_y = last_y = low = high = points[first, 1]
     least_sum = greatest_sum = first_x + first_y
     least_difference = greatest_difference = first_x - first_y
     undefined = False
     for k in range(count):
         index = k if everything else candidates[k]
-        x = np.float64(points[index, 0])
-        y = np.float64(points[index, 1])
+        x = points[index, 0]
+        y = points[index, 1]
         total = x + y
         difference = x - y
         # Infinite coordinates show in the extremes, NaN only here; two finite numbers never add up to NaN.
@@ -241,36 +241,28 @@ def _octagon(points, candidates, everything, count, lower_line, upper_line):
             north_west, least_difference = index, difference
         if difference > greatest_difference:
             south_east, greatest_difference = index, difference
-    if undefined or not (max(max(-first_x, last_x), max(-low, high)) < np.inf):
+    if undefined or not (abs(first_x) < np.inf and abs(last_x) < np.inf and abs(low) < np.inf and abs(high) < np.inf):
         return np.nan, np.nan, np.nan, np.nan
-    _write_record(lower_line[0], points, first, 1.0)
-    _write_record(lower_line[1], points, south_west, 1.0)
-    _write_record(lower_line[2], points, bottom, 1.0)
-    _write_record(lower_line[3], points, south_east, 1.0)
-    _write_record(lower_line[4], points, last, 1.0)
-    _write_record(upper_line[0], points, first, -1.0)
-    _write_record(upper_line[1], points, north_west, -1.0)
-    _write_record(upper_line[2], points, top, -1.0)
-    _write_record(upper_line[3], points, north_east, -1.0)
-    _write_record(upper_line[4], points, last, -1.0)
+    lower_corners = (first, south_west, bottom, south_east, last)
+    upper_corners = (first, north_west, top, north_east, last)
+    for k in range(5):
+        records[lower_line + k, 0] = points[lower_corners[k], 0]
+        records[lower_line + k, 1] = points[lower_corners[k], 1]
+        records[lower_line + k, 2] = lower_corners[k]
+        records[upper_line + k, 0] = points[upper_corners[k], 0]
+        records[upper_line + k, 1] = -points[upper_corners[k], 1]
+        records[upper_line + k, 2] = upper_corners[k]
     return (
-        max(lower_line[1, 0], upper_line[1, 0]),
-        min(lower_line[3, 0], upper_line[3, 0]),
-        max(lower_line[1, 1], lower_line[3, 1]),
-        -max(upper_line[1, 1], upper_line[3, 1]),
+        max(records[lower_line + 1, 0], records[upper_line + 1, 0]),
+        min(records[lower_line + 3, 0], records[upper_line + 3, 0]),
+        max(records[lower_line + 1, 1], records[lower_line + 3, 1]),
+        -max(records[upper_line + 1, 1], records[upper_line + 3, 1]),
     )
 
 
-@njit(cache=True, nogil=True)
-def _write_record(row, points, index, y_sign):
-    row[0] = points[index, 0]
-    row[1] = y_sign * points[index, 1]
-    row[2] = index
-
-
-@njit(cache=True, nogil=True)
-def _close_polyline(line):
-    """Keep of the five records those that make the polyline from first to last convex from below.
+@part
+def _close_polyline(records, line):
+    """Keep of the five records from row ``line`` on those that make the polyline from first to last convex from below.
 
     Every point of the polyline is then on or below the line through its ends, so what is strictly above that line is
     strictly above the polyline.
@@ -278,34 +270,36 @@ def _close_polyline(line):
     Returns:
         The x of its up to three inner points, in order, filled up with infinity.
     """
-    size = 1
-    for k in range(1, 4):
-        if line[size - 1, 0] < line[k, 0] < line[4, 0]:
-            while size > 1 and _turn(line, size - 2, size - 1, k) <= 0:
-                size -= 1
-            copy_record(line, k, line, size)
-            size += 1
-    while size > 1 and _turn(line, size - 2, size - 1, 4) <= 0:
-        size -= 1
-    copy_record(line, 4, line, size)
+    end = line + 1
+    for k in range(line + 1, line + 5):
+        if k == line + 4 or records[end - 1, 0] < records[k, 0] < records[line + 4, 0]:
+            while end > line + 1 and _turn(records, end - 2, end - 1, k) <= 0:
+                end -= 1
+            copy_record(records, k, records, end)
+            end += 1
+    inner = end - line - 2
     return (
-        line[1, 0] if size > 1 else np.inf,
-        line[2, 0] if size > 2 else np.inf,
-        line[3, 0] if size > 3 else np.inf,
+        records[line + 1, 0] if inner > 0 else np.inf,
+        records[line + 2, 0] if inner > 1 else np.inf,
+        records[line + 3, 0] if inner > 2 else np.inf,
     )
 
 
-@njit(cache=True, nogil=True)
-def _side_of_polyline(line, knots, x, y):
+@part
+def _side_of_polyline(records, line, knots, x, y):
     """Sign of the height of (x, y) above the polyline's edge at x (exact)."""
-    k = 1 + (knots[0] <= x) + (knots[1] <= x) + (knots[2] <= x)
-    return orient2d(line[k - 1, 0], line[k - 1, 1], line[k, 0], line[k, 1], x, y)
+    k = line + (knots[0] <= x) + (knots[1] <= x) + (knots[2] <= x)
+    return orient2d(records[k, 0], records[k, 1], records[k + 1, 0], records[k + 1, 1], x, y)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def hull_from_chains(records, lower_begins, lower_ends, upper_begins, upper_ends):
     """Indices along the joined lower chains, then back along the joined upper chains without their two ends."""
-    size = (lower_ends - lower_begins).sum() + (upper_ends - upper_begins).sum() - 2
+    size = -2
+    for s in range(lower_begins.shape[0]):
+        size += lower_ends[s] - lower_begins[s]
+    for s in range(upper_begins.shape[0]):
+        size += upper_ends[s] - upper_begins[s]
     hull = np.empty(size, np.int64)
     h = 0
     for s in range(lower_begins.shape[0]):

@@ -7,8 +7,8 @@ only discarded when it is provably not a vertex; NaN and infinite coordinates fa
 """
 
 import numpy as np
-from numba import njit
 
+from entreg.geometry._kernels import kernel, part
 from entreg.parallel import chunk_ranges, run_chunks
 
 # Outside these magnitudes the table could overflow or lose its margins to underflow; such input is not filtered.
@@ -40,7 +40,7 @@ def filter_size(n: int) -> tuple[int, int]:
     return size, min(max(size // 4, 32), 2048)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def sample_positions(n, size):
     """One pseudo-random index from each of ``size`` equal blocks of ``range(n)``; the same for equal arguments."""
     positions = np.empty(size, np.int64)
@@ -53,7 +53,7 @@ def sample_positions(n, size):
     return positions
 
 
-@njit(cache=True, nogil=True)
+@part
 def bin_of(x, origin, scale, bins):
     """Bin 1..bins of x, a non-decreasing function even after rounding; 0 below the range and for NaN, bins + 1 above.
 
@@ -65,7 +65,7 @@ def bin_of(x, origin, scale, bins):
     return np.int64(t)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def bin_placement(low, high, bins):
     """Origin and scale that spread bins 1..bins over [low, high]; scale 0 when float64 cannot do so safely."""
     width = high - low
@@ -78,7 +78,7 @@ def bin_placement(low, high, bins):
     return origin, scale
 
 
-@njit(cache=True, nogil=True)
+@part
 def bin_edges(origin, scale, bins):
     """For every bin b, numbers ``lower[b]`` below and ``upper[b]`` above every float64 that :func:`bin_of` puts there.
 
@@ -105,7 +105,7 @@ def bin_edges(origin, scale, bins):
     return lower, upper
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def interior_table(points, sample, hull, bins):
     """The filter built from the hull of a sample of the points.
 
@@ -171,24 +171,24 @@ def interior_table(points, sample, hull, bins):
     return table, origin, scale, share_kept(points, sample, table, origin, scale)
 
 
-@njit(cache=True, nogil=True)
+@part
 def share_kept(points, sample, table, origin, scale):
     """Share of the sampled points that the filter keeps: an estimate of the share of all points."""
     bins = table.shape[0] - 2
     kept = 0
     for index in sample:
-        y = np.float64(points[index, 1])
-        b = bin_of(np.float64(points[index, 0]), origin, scale, bins)
+        y = points[index, 1]
+        b = bin_of(points[index, 0], origin, scale, bins)
         kept += not (table[b, 0] < y < table[b, 1])
     return kept / sample.shape[0]
 
 
-@njit(cache=True, nogil=True)
+@part
 def _height(x, y, i, j, at):
     return y[i] + (y[j] - y[i]) * ((at - x[i]) / (x[j] - x[i]))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def keep_outside(points, start, stop, table, origin, scale, out):
     """Write the indices of the points ``start..stop`` that the filter keeps to the front of ``out``.
 
@@ -198,8 +198,8 @@ def keep_outside(points, start, stop, table, origin, scale, out):
     bins = table.shape[0] - 2
     kept = 0
     for i in range(start, stop):
-        x = np.float64(points[i, 0])
-        y = np.float64(points[i, 1])
+        x = points[i, 0]
+        y = points[i, 1]
         b = bin_of(x, origin, scale, bins)
         out[kept] = i
         kept += not ((table[b, 0] < y) & (y < table[b, 1]))

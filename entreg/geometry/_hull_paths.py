@@ -122,12 +122,10 @@ def hull_by_slabs(points: np.ndarray, threads: int, candidates: np.ndarray, task
         threads,
     )
     groups = [_balanced(slab_starts[side * slabs : (side + 1) * slabs + 1], tasks, side * slabs) for side in range(2)]
-    sizes = iter(
+    ends_of_chains = iter(
         run_chunks(lambda begin, end: chain_slabs(records, slab_starts, begin, end), groups[0] + groups[1], threads)
     )
-    sides = [
-        [(int(slab_starts[begin]), int(slab_starts[begin]) + next(sizes)) for begin, _ in group] for group in groups
-    ]
+    sides = [[(int(slab_starts[begin]), next(ends_of_chains)) for begin, _ in group] for group in groups]
     return _joined_hull(points, ends, records, *sides)
 
 

@@ -5,30 +5,30 @@ The results of the kernels are chains in disjoint ranges of x, for :func:`entreg
 """
 
 import numpy as np
-from numba import njit
 
 from entreg.geometry._chains import extend_chain
 from entreg.geometry._filtering import bin_of
+from entreg.geometry._kernels import kernel
 from entreg.geometry._sorting import sort_by_x
 from entreg.geometry.predicates import orient2d
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def assign_slabs(points, candidates, everything, ends, origin, scale, slabs, start, stop, labels):
     """Label candidates ``start..stop`` with ``side * slabs + slab`` (0 is the lower side), -1 on the line of the ends.
 
     Returns:
         The number of candidates with each label.
     """
-    first_x = np.float64(points[ends[0], 0])
-    first_y = np.float64(points[ends[0], 1])
-    last_x = np.float64(points[ends[1], 0])
-    last_y = np.float64(points[ends[1], 1])
+    first_x = points[ends[0], 0]
+    first_y = points[ends[0], 1]
+    last_x = points[ends[1], 0]
+    last_y = points[ends[1], 1]
     counts = np.zeros(2 * slabs, np.int64)
     for k in range(start, stop):
         index = k if everything else candidates[k]
-        x = np.float64(points[index, 0])
-        y = np.float64(points[index, 1])
+        x = points[index, 0]
+        y = points[index, 1]
         turn = orient2d(first_x, first_y, last_x, last_y, x, y)
         if turn == 0:
             labels[k] = -1
@@ -39,7 +39,7 @@ def assign_slabs(points, candidates, everything, ends, origin, scale, slabs, sta
     return counts
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill_slabs(points, candidates, everything, slabs, start, stop, labels, positions, records):
     """Write candidates ``start..stop`` as records to their slabs; ``positions`` are the next free rows, changed."""
     for k in range(start, stop):
@@ -48,26 +48,27 @@ def fill_slabs(points, candidates, everything, slabs, start, stop, labels, posit
             index = k if everything else candidates[k]
             row = positions[label]
             positions[label] = row + 1
-            y = np.float64(points[index, 1])
+            y = points[index, 1]
             records[row, 0] = points[index, 0]
             records[row, 1] = y if label < slabs else -y
             records[row, 2] = index
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def chain_slabs(records, slab_starts, begin, end):
-    """Chain of consecutive slabs ``begin..end`` of one side, written to the front of their rows; returns its size."""
-    chain = records[slab_starts[begin] : slab_starts[end]]
-    size = 0
+    """Chain of consecutive slabs ``begin..end`` of one side, written to the front of their rows; returns its end."""
+    chain_begin = slab_starts[begin]
+    chain_end = chain_begin
     for slab in range(begin, end):
-        slab_records = records[slab_starts[slab] : slab_starts[slab + 1]]
-        sort_by_x(slab_records)
-        for k in range(slab_records.shape[0]):
-            size = extend_chain(chain, size, slab_records[k, 0], slab_records[k, 1], slab_records[k, 2])
-    return size
+        start = slab_starts[slab]
+        stop = slab_starts[slab + 1]
+        sort_by_x(records, start, stop)
+        for k in range(start, stop):
+            chain_end = extend_chain(records, chain_begin, chain_end, records[k, 0], records[k, 1], records[k, 2])
+    return chain_end
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def find_runs(points, most):
     """Starts of the maximal runs with monotone x (as cut greedily from the left), closed by n.
 
@@ -92,7 +93,7 @@ def find_runs(points, most):
     return bounds[: runs + 1]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def chain_run(points, ends, start, stop, records):
     """Lower and upper chain of points whose x is monotone over ``start..stop``.
 
@@ -102,22 +103,20 @@ def chain_run(points, ends, start, stop, records):
         The two sizes.
     """
     n = points.shape[0]
-    first_x = np.float64(points[ends[0], 0])
-    first_y = np.float64(points[ends[0], 1])
-    last_x = np.float64(points[ends[1], 0])
-    last_y = np.float64(points[ends[1], 1])
-    lower = records[start:stop]
-    upper = records[n + start : n + stop]
-    lower_size = 0
-    upper_size = 0
+    first_x = points[ends[0], 0]
+    first_y = points[ends[0], 1]
+    last_x = points[ends[1], 0]
+    last_y = points[ends[1], 1]
+    lower_end = start
+    upper_end = n + start
     backwards = points[start, 0] > points[stop - 1, 0]
     for k in range(stop - start):
         index = stop - 1 - k if backwards else start + k
-        x = np.float64(points[index, 0])
-        y = np.float64(points[index, 1])
+        x = points[index, 0]
+        y = points[index, 1]
         turn = orient2d(first_x, first_y, last_x, last_y, x, y)
         if turn < 0:
-            lower_size = extend_chain(lower, lower_size, x, y, index)
+            lower_end = extend_chain(records, start, lower_end, x, y, np.float64(index))
         elif turn > 0:
-            upper_size = extend_chain(upper, upper_size, x, -y, index)
-    return lower_size, upper_size
+            upper_end = extend_chain(records, n + start, upper_end, x, -y, np.float64(index))
+    return lower_end - start, upper_end - n - start

@@ -1,15 +1,15 @@
 """Hull of a handful of points, where every allocation and every slice would show."""
 
 import numpy as np
-from numba import njit
 
+from entreg.geometry._kernels import kernel, part
 from entreg.geometry.predicates import orient2d
 
 # Longest list that is sorted by insertion.
 _MOST_SORTED = 48
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def small_hull(points, workspace):
     """Hull by Andrew's monotone chain on a list sorted by insertion.
 
@@ -77,16 +77,16 @@ def small_hull(points, workspace):
     if end - begin == 1:
         return 1
     # Lower chain from left to right, then upper chain from right to left, on one stack.
-    size = 0
+    size = bottom = np.int64(0)
     for k in range(begin, end):
-        size = _push(points, workspace, size, 0, workspace[k])
+        size = _push(points, workspace, size, bottom, workspace[k])
     bottom = size - 1
     for k in range(end - 2, begin - 1, -1):
         size = _push(points, workspace, size, bottom, workspace[k])
     return size - 1
 
 
-@njit(cache=True, nogil=True)
+@part
 def _push(points, stack, size, bottom, index):
     """Push a point after popping, above position ``bottom``, those that are no left turn; returns the new size."""
     x = points[index, 0]

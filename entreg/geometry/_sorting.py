@@ -5,7 +5,8 @@ in any order: the callers resolve such ties themselves.
 """
 
 import numpy as np
-from numba import njit
+
+from entreg.geometry._kernels import part
 
 _SMALL = 24
 # Mean squared bin occupancy above which insertion sort inside the bins would no longer be linear.
@@ -13,7 +14,7 @@ _CROWDED = 24
 _SMALLEST_NORMAL = 2.0**-1000
 
 
-@njit(cache=True, nogil=True)
+@part
 def copy_record(source, i, target, j):
     """Copy row i of ``source`` to row j of ``target``; slice assignment would compile to far more code."""
     target[j, 0] = source[i, 0]
@@ -21,80 +22,87 @@ def copy_record(source, i, target, j):
     target[j, 2] = source[i, 2]
 
 
-@njit(cache=True, nogil=True)
-def sort_by_x(records):
-    """Sort ``records`` by x in place, in linear time when x is already monotone or spread without heavy clustering.
+@part
+def sort_by_x(records, start, stop):
+    """Sort the rows ``start .. stop - 1`` by x in place, in linear time when x is monotone or spread without clusters.
 
     Args:
         records: ``(m, 3)`` float64 with finite x.
+        start, stop: int64, no literals; ranges instead of slices, because every slice compiles to much code.
     """
-    m = records.shape[0]
-    if m <= _SMALL:
-        _insertion_sort(records)
+    count = stop - start
+    if count <= _SMALL:
+        _insertion_sort(records, np.int64(0), records, start, stop)
         return
-    low = records[0, 0]
+    low = records[start, 0]
     high = low
     ascents = 0
     descents = 0
-    for k in range(1, m):
+    for k in range(start + 1, stop):
         x = records[k, 0]
         previous = records[k - 1, 0]
         ascents += x > previous
         descents += x < previous
-        low = min(low, x)
-        high = max(high, x)
+        low = x if x < low else low
+        high = x if x > high else high
     if descents == 0:
         return
     if ascents == 0:
-        _reverse(records)
+        i = start
+        j = stop - 1
+        while i < j:
+            for column in range(3):
+                value = records[i, column]
+                records[i, column] = records[j, column]
+                records[j, column] = value
+            i += 1
+            j -= 1
         return
-    scratch = np.empty((m, 3))
-    scale = m / (high - low)
+    scratch = np.empty((count, 3), np.float64)
+    scale = count / (high - low)
     if not (_SMALLEST_NORMAL < scale < 1.0 / _SMALLEST_NORMAL):
-        _merge_sort(records, scratch)
+        _merge_sort(records, start, stop, scratch)
         return
     # The bin is a non-decreasing function of x even after rounding, so the bins are in order.
-    ends = np.zeros(m + 2, np.int64)
-    for k in range(m):
+    ends = np.zeros(count + 2, np.int64)
+    for k in range(start, stop):
         ends[np.int64((records[k, 0] - low) * scale) + 1] += 1
     crowding = 0
-    for b in range(1, m + 2):
+    for b in range(1, count + 2):
         crowding += ends[b] * ends[b]
         ends[b] += ends[b - 1]
-    for k in range(m):
+    for k in range(start, stop):
         b = np.int64((records[k, 0] - low) * scale)
         position = ends[b]
         ends[b] = position + 1
         copy_record(records, k, scratch, position)
-    if crowding <= _CROWDED * m:
-        _insertion_sort_from(scratch, records)
+    if crowding <= _CROWDED * count:
+        _insertion_sort(scratch, start, records, start, stop)
     else:
-        for k in range(m):
-            copy_record(scratch, k, records, k)
-        start = 0
-        for b in range(m + 1):
-            stop = ends[b]
-            if stop - start > _SMALL:
-                _merge_sort(records[start:stop], scratch)
+        for k in range(count):
+            copy_record(scratch, k, records, start + k)
+        begin = start
+        for b in range(count + 1):
+            end = start + ends[b]
+            if end - begin > _SMALL:
+                _merge_sort(records, begin, end, scratch)
             else:
-                _insertion_sort(records[start:stop])
-            start = stop
+                _insertion_sort(records, np.int64(0), records, begin, end)
+            begin = end
 
 
-@njit(cache=True, nogil=True)
-def _insertion_sort(records):
-    _insertion_sort_from(records, records)
+@part
+def _insertion_sort(source, offset, target, start, stop):
+    """Insert the rows from ``start - offset`` of ``source`` on one by one into the sorted rows of ``target``.
 
-
-@njit(cache=True, nogil=True)
-def _insertion_sort_from(source, target):
-    """Insert the rows of ``source`` one by one into the sorted front of ``target`` (which may be ``source``)."""
-    for k in range(target.shape[0]):
-        x = source[k, 0]
-        y = source[k, 1]
-        index = source[k, 2]
+    ``source`` may be ``target``, with offset 0.
+    """
+    for k in range(start, stop):
+        x = source[k - offset, 0]
+        y = source[k - offset, 1]
+        index = source[k - offset, 2]
         j = k
-        while j > 0 and target[j - 1, 0] > x:
+        while j > start and target[j - 1, 0] > x:
             copy_record(target, j - 1, target, j)
             j -= 1
         target[j, 0] = x
@@ -102,35 +110,21 @@ def _insertion_sort_from(source, target):
         target[j, 2] = index
 
 
-@njit(cache=True, nogil=True)
-def _reverse(records):
-    i = 0
-    j = records.shape[0] - 1
-    while i < j:
-        for column in range(3):
-            value = records[i, column]
-            records[i, column] = records[j, column]
-            records[j, column] = value
-        i += 1
-        j -= 1
-
-
-@njit(cache=True, nogil=True)
-def _merge_sort(records, scratch):
+@part
+def _merge_sort(records, begin, end, scratch):
     """Bottom-up merge sort: the choice for x that spread over many orders of magnitude."""
-    m = records.shape[0]
-    for start in range(0, m, _SMALL):
-        _insertion_sort(records[start : start + _SMALL])
+    for start in range(begin, end, _SMALL):
+        _insertion_sort(records, np.int64(0), records, start, min(start + _SMALL, end))
     width = _SMALL
-    while width < m:
-        for start in range(0, m - width, 2 * width):
+    while width < end - begin:
+        for start in range(begin, end - width, 2 * width):
             middle = start + width
-            stop = min(start + 2 * width, m)
+            stop = min(start + 2 * width, end)
             if records[middle - 1, 0] <= records[middle, 0]:
                 continue
             for k in range(width):
                 copy_record(records, start + k, scratch, k)
-            i = 0
+            i = np.int64(0)
             j = middle
             k = start
             while i < width:

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from entreg.errors import InputError
 from entreg.geometry._filtering import (
@@ -28,6 +27,7 @@ from entreg.geometry._filtering import (
     keep_in_chunks,
     share_kept,
 )
+from entreg.geometry._kernels import kernel
 from entreg.geometry.convex_hull import convex_hull
 from entreg.geometry.delaunay import delaunay
 from entreg.geometry.pareto import pareto_front
@@ -197,7 +197,7 @@ def _dominated_filter(extremes: np.ndarray) -> _Filter | None:
     return table, origin, scale
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _extremes(points, directions):
     """(t, 2) float64: for each direction a point with the largest product (up to rounding, which is harmless)."""
     count = directions.shape[0]
@@ -214,7 +214,7 @@ def _extremes(points, directions):
     return points[chosen]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _nearest(points, anchors):
     """(n,) int64 index of the nearest anchor of each point."""
     cells = np.empty(points.shape[0], dtype=np.int64)
@@ -232,7 +232,7 @@ def _nearest(points, anchors):
     return cells
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _short_path(anchors):
     """A permutation of the anchors: the leftmost, then always the nearest one not yet visited."""
     count = anchors.shape[0]
@@ -258,7 +258,7 @@ def _short_path(anchors):
     return order
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _cell_keys(points, cells, count, strips):
     """(n,) int64 keys: cell, then strip of its bounding box, then place along the strip, alternately up and down."""
     low = np.full((count, 2), np.inf)

@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from entreg.errors import InputError
+from entreg.geometry._kernels import kernel
 from entreg.geometry.delaunay_faces import (
-    hull_edges,
     mark_outside,
     number_triangles,
+    write_faces,
+    write_hull,
     write_neighbors,
 )
-from entreg.geometry.delaunay_merge import WORDS_PER_POINT, merge_blocks, merge_cells
+from entreg.geometry.delaunay_merge import WORDS_PER_POINT, merge
 from entreg.geometry.delaunay_order import (
     BUCKET_BITS,
+    arrange,
     bounds,
     gather,
     resolve_ties,
@@ -103,8 +105,7 @@ def delaunay(points: Any, *, threads: int | None = None, order: str = "auto") ->
     if array.shape[0] > _MOST_POINTS:
         raise InputError(f"At most {_MOST_POINTS} points can be triangulated, but there are {array.shape[0]}.")
     if array.shape[0] < _PARALLEL_POINTS:
-        status, *parts = _triangulate_serially(array, order == "auto", _COLUMN_LIMIT)
-        _raise_for(status, array)
+        parts = _triangulate_serially(array, order == "auto")
     else:
         parts = _triangulate_in_blocks(array, threads, order == "auto")
     simplices, neighbors, hull, duplicates = parts
@@ -112,6 +113,8 @@ def delaunay(points: Any, *, threads: int | None = None, order: str = "auto") ->
 
 
 _OK, _NOT_FINITE, _TOO_FEW, _COLLINEAR = range(4)
+_NO_DUPLICATES = np.empty((0, 2), np.int64)
+_NO_BLOCKS = np.empty((0, 3), np.int64)
 
 
 def _raise_for(status: int, array: np.ndarray) -> None:
@@ -135,20 +138,23 @@ def _coplanar(simplices: np.ndarray, duplicates: np.ndarray) -> np.ndarray:
     return rows
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _degeneracy(points):
     """Status of finite points: too few distinct, all on one line, or neither."""
     count = points.shape[0]
+    ax = points[0, 0]
+    ay = points[0, 1]
     second = 1
-    while second < count and points[second, 0] == points[0, 0] and points[second, 1] == points[0, 1]:
+    while second < count and points[second, 0] == ax and points[second, 1] == ay:
         second += 1
-    ax, ay = points[0]
     if second == count:
         return _TOO_FEW
-    bx, by = points[second]
+    bx = points[second, 0]
+    by = points[second, 1]
     distinct = 2
     for i in range(second + 1, count):
-        x, y = points[i]
+        x = points[i, 0]
+        y = points[i, 1]
         if orient2d(ax, ay, bx, by, x, y) != 0:
             return _OK
         if (x != ax or y != ay) and (x != bx or y != by):
@@ -156,8 +162,14 @@ def _degeneracy(points):
     return _COLLINEAR if distinct == 3 else _TOO_FEW
 
 
-@njit(cache=True, nogil=True)
-def _scale_factors(largest):
+@kernel
+def _survey(points):
+    """Status of the points, and their extremes as :func:`entreg.geometry.delaunay_order.bounds` gives them."""
+    extremes = bounds(points, np.int64(0), points.shape[0])
+    return (_NOT_FINITE if extremes[0] != extremes[0] else _degeneracy(points)), extremes
+
+
+def _scale_factors(largest: float) -> tuple[float, float]:
     """Two powers of two that together bring magnitudes up to ``largest`` into the range of the floating-point filters.
 
     They are two because their product may not be a normal number.
@@ -169,34 +181,23 @@ def _scale_factors(largest):
     return 2.0**half, 2.0 ** (exponent - half)
 
 
-@njit(cache=True, nogil=True)
-def _triangulate_serially(points, adaptive, column_limit):
-    """Status, simplices, neighbors, hull edges and duplicates; the arrays are empty unless the status is good."""
-    count = points.shape[0]
-    x_low, x_high, y_low, y_high = bounds(points, 0, count)
-    status = _NOT_FINITE if np.isnan(x_low) else _degeneracy(points)
-    if status != _OK:
-        nothing = np.empty((0, 3), np.int32)
-        return status, nothing, nothing, np.empty((0, 2), np.int32), np.empty((0, 2), np.int64)
-    factor, rest = _scale_factors(max(max(abs(x_low), abs(x_high)), max(abs(y_low), abs(y_high))))
+def _triangulate_serially(points: np.ndarray, adaptive: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Simplices, neighbors, hull edges and duplicates."""
+    count = len(points)
+    status, extremes = _survey(points)
+    _raise_for(status, points)
     exact = points.reshape(-1)
-    in_range = factor == 1.0 and rest == 1.0
+    factor, rest = _scale_factors(max(map(abs, extremes)))
+    in_range = factor == rest == 1.0
     scaled = exact if in_range else exact * factor * rest
-    x_low, x_high, y_low, y_high = (
-        x_low * factor * rest,
-        x_high * factor * rest,
-        y_low * factor * rest,
-        y_high * factor * rest,
-    )
+    x_low, x_high, y_low, y_high = (value * factor * rest for value in extremes)
+    extent = max(x_high - x_low, y_high - y_low)
     packed = np.empty(count, np.uint64)
     levels = np.empty(count, np.int16)
-    extent = max(x_high - x_low, y_high - y_low)
-    in_order = write_keys(scaled, x_low, y_low, extent, packed, np.zeros(2, np.int64), 0, count)
-    if not (adaptive and in_order):
-        sort_packed(packed, np.empty(count, np.uint64), 0, count)
-    duplicates = np.empty((0, 2), np.int64)
-    if write_levels(packed, levels, 0, count - 1):
-        count, duplicates = resolve_ties(exact, packed, np.empty(count, np.uint64), levels, column_limit)
+    scratch = np.empty(count, np.uint64)
+    duplicates = _NO_DUPLICATES
+    if arrange(scaled, x_low, y_low, extent, adaptive, packed, scratch, np.zeros(2, np.int64), levels):
+        count, duplicates = resolve_ties(exact, packed, scratch, levels, _COLUMN_LIMIT)
     original = np.empty(count, np.int32)
     ordered = np.empty(2 * count, np.float64)
     gather(scaled, packed, ordered, original, 0, count)
@@ -205,14 +206,13 @@ def _triangulate_serially(points, adaptive, column_limit):
         ordered_exact = np.empty(2 * count, np.float64)
         gather(exact, packed, ordered_exact, original, 0, count)
     links = np.empty(WORDS_PER_POINT * count, np.uint32)
-    handle, _, _ = merge_cells(ordered, ordered_exact, links, levels, 0, count)
+    handle, _, _ = merge(ordered, ordered_exact, links, _NO_BLOCKS, levels, 0, count)
     boundary = mark_outside(links, handle)
-    triangles = 2 * count - 2 - boundary
-    simplices = np.empty((triangles, 3), np.int32)
-    neighbors = np.empty((triangles, 3), np.int32)
-    number_triangles(links, original, simplices, 0, 6 * count, 0, 1)
-    write_neighbors(links, neighbors.reshape(-1), 0, 3 * count)
-    return _OK, simplices, neighbors, hull_edges(links, original, handle, boundary), duplicates
+    simplices = np.empty((2 * count - 2 - boundary, 3), np.int32)
+    neighbors = np.empty_like(simplices)
+    hull = np.empty((boundary, 2), np.int32)
+    write_faces(links, original, handle, simplices, neighbors.reshape(-1), hull)
+    return simplices, neighbors, hull, duplicates
 
 
 def _triangulate_in_blocks(
@@ -252,7 +252,7 @@ def _triangulate_in_blocks(
         lambda start, stop: write_levels(packed, levels, start, min(stop, count - 1)),
         chunks,
     )
-    duplicates = np.empty((0, 2), np.int64)
+    duplicates = _NO_DUPLICATES
     if any(tied):
         count, duplicates = resolve_ties(exact, packed, np.empty(count, np.uint64), levels, _COLUMN_LIMIT)
         chunks = chunk_ranges(count, _CHUNKS_PER_THREAD * threads)
@@ -268,18 +268,17 @@ def _triangulate_in_blocks(
     starts = _block_starts(levels[:count])
     blocks = list(itertools.pairwise([*starts, count]))
     done = in_threads(
-        lambda start, stop: merge_cells(ordered, ordered_exact, links, levels, start, stop),
+        lambda start, stop: merge(ordered, ordered_exact, links, _NO_BLOCKS, levels, start, stop),
         blocks,
     )
-    done = np.array(done, np.int64)
-    handles, free = done[:, :2].copy(), done[:, 2].copy()
-    block_levels = levels[np.array([*starts[1:], count], np.int64) - 1].astype(np.int64)
-    handle = merge_blocks(ordered, ordered_exact, links, free, handles, block_levels)
+    block_levels = levels[np.array([*starts[1:], count], np.int64) - 1]
+    handle, _, _ = merge(ordered, ordered_exact, links, np.array(done, np.int64), block_levels, 0, len(blocks))
 
     boundary = mark_outside(links, handle)
     triangles = 2 * count - 2 - boundary
     simplices = np.empty((triangles, 3), np.int32)
     neighbors = np.empty((triangles, 3), np.int32)
+    hull = np.empty((boundary, 2), np.int32)
     # How many triangles a range of edges has shows only at its end, so two ranges are numbered from both ends.
     middle = 3 * count
     in_threads(
@@ -291,7 +290,8 @@ def _triangulate_in_blocks(
         lambda start, stop: write_neighbors(links, flat, start, stop),
         chunk_ranges(3 * count, _CHUNKS_PER_THREAD * threads),
     )
-    return simplices, neighbors, hull_edges(links, original, handle, boundary), duplicates
+    write_hull(links, original, handle, hull)
+    return simplices, neighbors, hull, duplicates
 
 
 def _sort(packed: np.ndarray, counts: np.ndarray, chunks: list[tuple[int, int]], threads: int) -> np.ndarray:

@@ -5,12 +5,12 @@ The last word of a directed edge is 0 while the triangle on its left has no numb
 """
 
 import numpy as np
-from numba import njit
 
+from entreg.geometry._kernels import kernel
 from entreg.geometry.delaunay_merge import FACE, NONE, PREVIOUS, WORDS
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def mark_outside(links, handle):
     """Mark the edges that have the outside on their left and return their number."""
     edge = handle
@@ -23,20 +23,18 @@ def mark_outside(links, handle):
             return count
 
 
-@njit(cache=True, nogil=True)
-def hull_edges(links, original, handle, count):
-    """The ``(count, 2)`` int32 edges of the convex hull, counter-clockwise."""
-    hull = np.empty((count, 2), np.int32)
+@kernel
+def write_hull(links, original, handle, hull):
+    """Write the edges of the convex hull, counter-clockwise, to all rows of the ``(edges, 2)`` int32 ``hull``."""
     edge = handle
-    for k in range(count - 1, -1, -1):
+    for k in range(hull.shape[0] - 1, -1, -1):
         # Along the edges with the outside on their left the hull runs clockwise.
         hull[k, 0] = original[links[WORDS * edge]]
         hull[k, 1] = original[links[WORDS * (edge ^ 1)]]
         edge = np.int64(links[WORDS * (edge ^ 1) + PREVIOUS])
-    return hull
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def number_triangles(links, original, simplices, start, stop, first, step):
     """Number the triangles of the edges ``start .. stop - 1`` and write their vertices.
 
@@ -68,7 +66,7 @@ def number_triangles(links, original, simplices, start, stop, first, step):
             triangle += step
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def write_neighbors(links, neighbors, start, stop):
     """Write the neighbours that meet in the edge pairs ``start .. stop - 1`` into the flat int32 ``neighbors``."""
     for pair in range(start, stop):
@@ -78,3 +76,13 @@ def write_neighbors(links, neighbors, start, stop):
             neighbors[a - 1] = (b - 1) // 3 if b != NONE else -1
         if b != NONE:
             neighbors[b - 1] = (a - 1) // 3 if a != NONE else -1
+
+
+@kernel
+def write_faces(links, original, handle, simplices, neighbors, hull):
+    """Write triangles, neighbours and hull after :func:`mark_outside`, all in one call."""
+    zero = np.int64(0)
+    count = np.int64(original.shape[0])
+    number_triangles(links, original, simplices, zero, 6 * count, zero, np.int64(1))
+    write_neighbors(links, neighbors, zero, 3 * count)
+    write_hull(links, original, handle, hull)

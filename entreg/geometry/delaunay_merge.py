@@ -15,8 +15,8 @@ on the hull. ``pool`` holds the first free edge and the first slot never used.
 """
 
 import numpy as np
-from numba import njit
 
+from entreg.geometry._kernels import kernel, part
 from entreg.geometry.delaunay_predicates import (
     ANGLE_BOUND,
     CROSS_BOUND,
@@ -36,86 +36,65 @@ FACE = 3
 # A planar graph on m points has fewer than 3 m edges.
 WORDS_PER_POINT = 3 * 2 * WORDS
 TOP_LEVEL = 32767
+# No literals: Numba compiles a function anew for every literal among its arguments.
+_TO_LAST = np.bool_(True)
+_TO_FIRST = np.bool_(False)
 # More than 32 per factor of about 2**16 between the largest and the smallest distance of two float64 numbers.
 MOST_LEVELS = 8192
 
 
-@njit(cache=True, nogil=True)
-def merge_cells(scaled, exact, links, levels, start, stop):
-    """Triangulate the points ``start .. stop - 1``, which lie in the order of their trie.
+@kernel
+def merge(scaled, exact, links, blocks, levels, start, stop):
+    """Triangulate the points ``start .. stop - 1``, which lie in the order of their trie, or merge blocks of them.
+
+    One kernel does both, because compiling the merge takes longer than anything else.
 
     Args:
         scaled, exact: Flat coordinates, see :mod:`entreg.geometry.delaunay_predicates`.
         links: Edge records, changed; only the slots of these points are touched.
-        levels: int16; ``levels[i]`` is the level of the trie at which points i and i + 1 part, see
+        blocks: ``(0, 3)`` int64 to triangulate points; or what this function returned for consecutive blocks of
+            points, one row each. Then ``start .. stop - 1`` are all rows.
+        levels: int16; ``levels[i]`` is the level of the trie at which points (or blocks) i and i + 1 part, see
             :mod:`entreg.geometry.delaunay_order`.
 
     Returns:
         The two handles of the triangulation, and the first of the free slots, which are linked and marked as free.
     """
+    points = blocks.shape[0] == 0
     pool = np.empty(2, np.int64)
     pool[0] = NONE
     pool[1] = 6 * start
-    # From bottom to top of the stack the levels fall.
-    handles = np.empty((min(stop - start, MOST_LEVELS), 2), np.int64)
-    seams = np.empty(handles.shape[0], np.int64)
-    depth = 0
-    for i in range(start, stop):
-        lower = upper = np.int64(-1 - i)
-        level = np.int64(levels[i]) if i + 1 < stop else np.int64(TOP_LEVEL)
-        while depth > 0 and seams[depth - 1] <= level:
-            depth -= 1
-            lower, upper = _merge(
-                scaled, exact, links, pool, handles[depth, 0], handles[depth, 1], lower, upper, seams[depth]
-            )
-        handles[depth, 0] = lower
-        handles[depth, 1] = upper
-        seams[depth] = level
-        depth += 1
-    for edge in range(pool[1], 6 * stop, 2):
-        _free_edge(links, pool, edge)
-    return handles[0, 0], handles[0, 1], pool[0]
-
-
-@njit(cache=True, nogil=True)
-def merge_blocks(scaled, exact, links, free, handles, levels):
-    """Merge the triangulations of consecutive blocks of points.
-
-    Args:
-        scaled, exact, links: As for :func:`merge_cells`.
-        free: ``(blocks,)`` int64, the first free slots that :func:`merge_cells` left.
-        handles: ``(blocks, 2)`` int64, changed.
-        levels: ``(blocks,)`` int64, changed; ``levels[k]`` is that between the last point of block k and the next.
-
-    Returns:
-        A handle of the triangulation.
-    """
-    blocks = handles.shape[0]
-    pool = np.empty(2, np.int64)
-    pool[0] = NONE
-    for k in range(blocks):
-        edge = free[k]
+    for k in range(blocks.shape[0]):
+        edge = blocks[k, 2]
         while edge != NONE:
             following = np.int64(links[WORDS * edge + NEXT])
             _free_edge(links, pool, edge)
             edge = following
+    # Handles and seams. From bottom to top of the stack the levels fall.
+    stack = np.empty((min(stop - start, MOST_LEVELS), 3), np.int64)
     depth = 0
-    for k in range(blocks):
-        lower, upper = handles[k, 0], handles[k, 1]
-        level = levels[k] if k + 1 < blocks else np.int64(TOP_LEVEL)
-        while depth > 0 and levels[depth - 1] <= level:
+    for i in range(start, stop):
+        lower = upper = np.int64(-1 - i)
+        if not points:
+            lower = blocks[i, 0]
+            upper = blocks[i, 1]
+        level = np.int64(levels[i]) if i + 1 < stop else np.int64(TOP_LEVEL)
+        while depth > 0 and stack[depth - 1, 2] <= level:
             depth -= 1
             lower, upper = _merge(
-                scaled, exact, links, pool, handles[depth, 0], handles[depth, 1], lower, upper, levels[depth]
+                scaled, exact, links, pool, stack[depth, 0], stack[depth, 1], lower, upper, stack[depth, 2]
             )
-        handles[depth, 0] = lower
-        handles[depth, 1] = upper
-        levels[depth] = level
+        stack[depth, 0] = lower
+        stack[depth, 1] = upper
+        stack[depth, 2] = level
         depth += 1
-    return handles[0, 0]
+    if points:
+        for edge in range(pool[1], 6 * stop, 2):
+            _free_edge(links, pool, edge)
+    return stack[0, 0], stack[0, 1], pool[0]
 
 
-@njit(cache=True, nogil=True)
+@part
 def _merge(scaled, exact, links, pool, below, below_upper, above, above_upper, level):
     """Merge two triangulations that a line separates, the first left of it (level even) or below it (odd).
 
@@ -124,11 +103,14 @@ def _merge(scaled, exact, links, pool, below, below_upper, above, above_upper, l
     """
     if below < 0 and above < 0:
         edge = _take_edge(links, pool)
-        for end, tip in ((edge, -1 - below), (edge ^ 1, -1 - above)):
-            links[WORDS * end] = tip
-            links[WORDS * end + NEXT] = end
-            links[WORDS * end + PREVIOUS] = end
-        return edge, edge ^ 1
+        twin = edge ^ 1
+        links[WORDS * edge] = -1 - below
+        links[WORDS * edge + NEXT] = edge
+        links[WORDS * edge + PREVIOUS] = edge
+        links[WORDS * twin] = -1 - above
+        links[WORDS * twin + NEXT] = twin
+        links[WORDS * twin + PREVIOUS] = twin
+        return edge, twin
     left_edge, left, right_edge, right = _lower_tangent(
         scaled, exact, links, below, below_upper, above, above_upper, level & 1
     )
@@ -230,7 +212,7 @@ def _merge(scaled, exact, links, pool, below, below_upper, above, above_upper, l
         twin = reverse
 
 
-@njit(cache=True, nogil=True)
+@part
 def _lower_tangent(scaled, exact, links, below, below_upper, above, above_upper, axis):
     """Where the first edge between two triangulations goes.
 
@@ -242,12 +224,12 @@ def _lower_tangent(scaled, exact, links, below, below_upper, above, above_upper,
     if below < 0:
         left = -1 - below
     else:
-        left_edge = _climb(exact, links, below, below_upper, axis, True)
+        left_edge = _climb(exact, links, below, below_upper, axis, _TO_LAST)
         left = np.int64(links[WORDS * (left_edge ^ 1)])
     if above < 0:
         right = -1 - above
     else:
-        right_edge = np.int64(links[WORDS * _climb(exact, links, above, above_upper, axis, False) + NEXT])
+        right_edge = np.int64(links[WORDS * _climb(exact, links, above, above_upper, axis, _TO_FIRST) + NEXT])
         right = np.int64(links[WORDS * (right_edge ^ 1)])
     moved = True
     while moved:
@@ -268,7 +250,7 @@ def _lower_tangent(scaled, exact, links, below, below_upper, above, above_upper,
     return left_edge, left, right_edge, right
 
 
-@njit(cache=True, nogil=True)
+@part
 def _climb(exact, links, lower, upper, axis, to_last):
     """The hull edge, outside on its left, whose origin is the last (or first) vertex along an axis."""
     edge = lower
@@ -295,7 +277,7 @@ def _climb(exact, links, lower, upper, axis, to_last):
         origin = tip
 
 
-@njit(cache=True, nogil=True)
+@part
 def _precedes(exact, axis, a, b):
     """Order along x, ties by y (axis 0), or the same after a quarter turn: along y, ties by falling x (axis 1)."""
     ax, ay = exact[2 * a], exact[2 * a + 1]
@@ -305,7 +287,7 @@ def _precedes(exact, axis, a, b):
     return ay < by or (ay == by and ax > bx)
 
 
-@njit(cache=True, nogil=True)
+@part
 def _take_edge(links, pool):
     edge = pool[0]
     if edge == NONE:
@@ -318,7 +300,7 @@ def _take_edge(links, pool):
     return edge
 
 
-@njit(cache=True, nogil=True)
+@part
 def _free_edge(links, pool, edge):
     links[WORDS * edge + FACE] = NONE
     links[WORDS * (edge ^ 1) + FACE] = NONE
@@ -326,7 +308,7 @@ def _free_edge(links, pool, edge):
     pool[0] = edge
 
 
-@njit(cache=True, nogil=True)
+@part
 def _insert_before(links, edge, place):
     """Put ``edge`` just clockwise of ``place`` around their origin."""
     previous = np.int64(links[WORDS * place + PREVIOUS])
@@ -336,7 +318,7 @@ def _insert_before(links, edge, place):
     links[WORDS * previous + NEXT] = edge
 
 
-@njit(cache=True, nogil=True)
+@part
 def _insert_after(links, edge, place):
     """Put ``edge`` just counter-clockwise of ``place`` around their origin."""
     following = np.int64(links[WORDS * place + NEXT])
@@ -346,10 +328,11 @@ def _insert_after(links, edge, place):
     links[WORDS * following + PREVIOUS] = edge
 
 
-@njit(cache=True, nogil=True)
+@part
 def _unlink(links, edge):
     """Take an edge out of the rings around both of its ends."""
-    for end in (edge, edge ^ 1):
+    for side in range(2):
+        end = edge ^ side
         following = np.int64(links[WORDS * end + NEXT])
         previous = np.int64(links[WORDS * end + PREVIOUS])
         links[WORDS * previous + NEXT] = following

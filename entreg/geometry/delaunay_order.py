@@ -12,8 +12,10 @@ A key and the position of its point are packed in one uint64, so that sorting is
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from entreg.geometry._kernels import kernel, part
 
 KEY_BITS = 32
 BUCKET_BITS = 11
@@ -36,13 +38,13 @@ def _leading_zeros(typing_context, value):
     return types.uint64(types.uint64), generate
 
 
-@njit(cache=True, nogil=True)
+@part
 def highest_bit(value):
     """Position of the highest set bit of a non-zero uint64."""
     return np.int64(63) - np.int64(_leading_zeros(np.uint64(value)))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def bounds(points, start, stop):
     """``(least x, greatest x, least y, greatest y)`` of some rows; the first is NaN if a coordinate is not finite."""
     x_low = x_high = points[start, 0]
@@ -59,7 +61,7 @@ def bounds(points, start, stop):
     return (x_low if finite else np.nan), x_high, y_low, y_high
 
 
-@njit(cache=True, nogil=True)
+@part
 def _spread_bits(value):
     """Move the 16 low bits of a uint64 to its even bits."""
     value = (value | (value << np.uint64(8))) & np.uint64(0x00FF00FF)
@@ -68,12 +70,12 @@ def _spread_bits(value):
     return (value | (value << np.uint64(1))) & np.uint64(0x55555555)
 
 
-@njit(cache=True, nogil=True)
+@part
 def _morton_key(x, y):
     return _spread_bits(np.uint64(np.int64(x))) | (_spread_bits(np.uint64(np.int64(y))) << np.uint64(1))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def write_keys(scaled, x_low, y_low, extent, packed, counts, start, stop):
     """Write packed keys of the points ``start .. stop - 1`` and add to the counts of their highest bits.
 
@@ -101,7 +103,7 @@ def write_keys(scaled, x_low, y_low, extent, packed, counts, start, stop):
     return ascending
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def scatter(packed, out, offsets, start, stop):
     """Move ``packed[start:stop]`` to ``out``, each bucket of equal highest bits from its offset on (changed)."""
     shift = np.uint64(64 - BUCKET_BITS)
@@ -112,7 +114,7 @@ def scatter(packed, out, offsets, start, stop):
         offsets[bucket] += 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def sort_packed(packed, scratch, start, stop):
     """Sort ``packed[start:stop]`` in place by eight bits at a time, highest first; prefixes in common are skipped."""
     counts = np.empty(257, np.int64)
@@ -161,7 +163,7 @@ def sort_packed(packed, scratch, start, stop):
             position = end
 
 
-@njit(cache=True, nogil=True)
+@part
 def _insertion_sort(packed, start, stop):
     for i in range(start + 1, stop):
         entry = packed[i]
@@ -172,7 +174,7 @@ def _insertion_sort(packed, start, stop):
         packed[k] = entry
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def write_levels(packed, levels, start, stop):
     """Write the levels after the entries ``start .. stop - 1``, entry ``stop`` being there as well.
 
@@ -190,7 +192,29 @@ def write_levels(packed, levels, start, stop):
     return tied
 
 
-@njit(cache=True, nogil=True)
+@kernel
+def arrange(scaled, x_low, y_low, extent, adaptive, packed, scratch, counts, levels):
+    """Write the keys of all points, sorted, and their levels: :func:`write_keys` to :func:`write_levels` in one call.
+
+    Args:
+        scaled, x_low, y_low, extent: As for :func:`write_keys`.
+        adaptive: Whether keys that are in order are not sorted.
+        packed, levels: Out: one entry per point.
+        scratch: Room for as many keys.
+        counts: Room for the counts of :func:`write_keys`, two int64.
+
+    Returns:
+        Whether any two neighbours share a key.
+    """
+    zero = np.int64(0)
+    count = packed.shape[0]
+    in_order = write_keys(scaled, x_low, y_low, extent, packed, counts, zero, count)
+    if not (adaptive and in_order):
+        sort_packed(packed, scratch, zero, count)
+    return write_levels(packed, levels, zero, count - 1)
+
+
+@kernel
 def resolve_ties(exact, packed, scratch, levels, column_limit):
     """Order the points that share a key, set their levels, and drop equal points.
 
@@ -236,7 +260,7 @@ def resolve_ties(exact, packed, scratch, levels, column_limit):
     return _drop_equal(packed, levels)
 
 
-@njit(cache=True, nogil=True)
+@part
 def _write_local_keys(exact, packed, start, stop):
     """Replace the keys of some entries by ones over the extent of their points; False if all these are equal."""
     position = packed[start] & _POSITION_MASK
@@ -263,7 +287,7 @@ def _write_local_keys(exact, packed, start, stop):
     return True
 
 
-@njit(cache=True, nogil=True)
+@part
 def _sort_column(exact, packed, levels, start, stop):
     """Sort entries by x, then y, then position, and set their levels."""
     for i in range(start + 1, stop):
@@ -286,7 +310,7 @@ def _sort_column(exact, packed, levels, start, stop):
         levels[i] = _EQUAL_LEVEL if equal else _COLUMN_LEVEL
 
 
-@njit(cache=True, nogil=True)
+@part
 def _drop_equal(packed, levels):
     count = packed.shape[0]
     dropped = 0
@@ -308,7 +332,7 @@ def _drop_equal(packed, levels):
     return kept + 1, duplicates
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def gather(scaled, packed, ordered, original, start, stop):
     """Copy the coordinates of sorted entries to ``ordered`` and their positions to ``original``."""
     for i in range(start, stop):

@@ -13,8 +13,7 @@ holds the values as given. They are the same array unless those had to be scaled
 filters may still decide where scaling lost too much.
 """
 
-from numba import njit
-
+from entreg.geometry._kernels import part
 from entreg.geometry.predicates import incircle, orient2d
 
 LARGEST_SCALED = 2.0**60
@@ -32,7 +31,7 @@ _LARGEST_PRODUCT = 2.0**900
 _DOUBLED_BOUND = 2.0**-95
 
 
-@njit(cache=True, nogil=True)
+@part
 def angle_parts(scaled, left_x, left_y, right_x, right_y, point):
     """``(dot, cross, span)`` of the base seen from ``point``; errors are at most ``CROSS_BOUND * span`` + tiny."""
     x = scaled[2 * point]
@@ -44,7 +43,7 @@ def angle_parts(scaled, left_x, left_y, right_x, right_y, point):
     return ax * bx + ay * by, ax * by - ay * bx, (abs(ax) + abs(ay)) * (abs(bx) + abs(by))
 
 
-@njit(cache=True, nogil=True)
+@part
 def is_left_turn(scaled, exact, a, b, c):
     """Whether points a, b, c turn strictly counter-clockwise."""
     x = scaled[2 * a]
@@ -60,7 +59,7 @@ def is_left_turn(scaled, exact, a, b, c):
     return is_above(exact, b, c, a)
 
 
-@njit(cache=True, nogil=True)
+@part
 def is_above(exact, left, right, point):
     """Whether ``cross > 0`` for ``point``, decided exactly."""
     px, py = exact[2 * point], exact[2 * point + 1]
@@ -82,7 +81,7 @@ def is_above(exact, left, right, point):
     return orient2d(px, py, lx, ly, rx, ry) > 0
 
 
-@njit(cache=True, nogil=True)
+@part
 def is_inside(exact, left, right, c, d):
     """Whether d, above the base, lies strictly inside the circle through left, right and c, decided exactly."""
     lx, ly = exact[2 * left], exact[2 * left + 1]
@@ -116,7 +115,7 @@ def is_inside(exact, left, right, c, d):
     return incircle(lx, ly, rx, ry, cx, cy, dx, dy) > 0
 
 
-@njit(cache=True, nogil=True)
+@part
 def _doubled_parts(lx, ly, rx, ry, px, py):
     """Dot and cross as unevaluated sums of two numbers, when the coordinate differences are free of rounding.
 
@@ -150,7 +149,7 @@ def _doubled_parts(lx, ly, rx, ry, px, py):
     return True, dot, dot_low, cross, cross_low, dot_exact and cross_exact, span
 
 
-@njit(cache=True, nogil=True)
+@part
 def _sum_of_products(first, first_low, second, second_low):
     """(first + first_low) + (second + second_low) as high and low part, and whether that is free of rounding."""
     total = first + second
@@ -160,14 +159,14 @@ def _sum_of_products(first, first_low, second, second_low):
     return total, rest + (first_low + second_low), exact
 
 
-@njit(cache=True, nogil=True)
+@part
 def _difference_error(a, b, difference):
     """a - b - difference, exactly, where ``difference`` is the rounded a - b; NaN after an overflow."""
     virtual = a - difference
     return (a - (difference + virtual)) + (virtual - b)
 
 
-@njit(cache=True, nogil=True)
+@part
 def _has_plain_error(a, b, product):
     """Whether :func:`_product_error` is exact for this product: neither overflow nor underflow comes near."""
     size = abs(product)
@@ -178,7 +177,7 @@ def _has_plain_error(a, b, product):
     )
 
 
-@njit(cache=True, nogil=True)
+@part
 def _product_error(a, b, product):
     """a * b - product, exactly, where ``product`` is the rounded a * b (Dekker's splitting)."""
     spread = _SPLITTER * a

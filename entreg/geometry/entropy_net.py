@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor, nn
 
 from entreg.entropy.ball import BallEntropy
 from entreg.entropy.halfspace import HalfspaceEntropy
 from entreg.errors import InputError
+from entreg.geometry._kernels import kernel
 from entreg.geometry.advice import advised_convex_hull, advised_delaunay, advised_pareto_front
 from entreg.geometry.validation import as_points, require_finite
 from entreg.parallel import chunk_ranges, resolve_threads, run_chunks
@@ -197,7 +197,7 @@ class EntropyNet(nn.Module):
         )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _move(points, moved, start, stop, center, scale, first, first_bias, second, second_bias, third, third_bias):
     """Rows start..stop of ``moved``: points plus displacement; weights as in torch but ``second`` transposed."""
     width = first.shape[0]

@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from entreg.geometry._filtering import (
     bin_edges,
@@ -13,6 +12,7 @@ from entreg.geometry._filtering import (
     sample_positions,
     share_kept,
 )
+from entreg.geometry._kernels import kernel
 from entreg.geometry._sorting import sort_by_x
 from entreg.geometry.validation import as_points, first_nonfinite_row, nonfinite_error
 from entreg.parallel import chunk_ranges, resolve_threads, run_chunks
@@ -89,7 +89,7 @@ def front_by_filter(
     return _indices(fronts[0])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _dominated_table(points, sample, front, bins):
     """As :func:`entreg.geometry._filtering.interior_table`, for dominated instead of interior points.
 
@@ -105,7 +105,7 @@ def _dominated_table(points, sample, front, bins):
         return table, 0.0, 0.0, 1.0
     low = np.float64(points[sample[0], 0])
     for index in sample:
-        low = min(low, np.float64(points[index, 0]))
+        low = min(low, points[index, 0])
     origin, scale = bin_placement(low, front[-1, 0], bins)
     if scale == 0.0:
         return table, 0.0, 0.0, 1.0
@@ -121,22 +121,22 @@ def _dominated_table(points, sample, front, bins):
     return table, origin, scale, share_kept(points, sample, table, origin, scale)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _front_records(points, candidates, everything, start, stop):
     """Front of candidates ``start..stop`` as records by increasing x; empty when a coordinate is not finite."""
     records = np.empty((stop - start, 3))
     finite = True
     for k in range(start, stop):
         index = k if everything else candidates[k]
-        x = np.float64(points[index, 0])
-        y = np.float64(points[index, 1])
+        x = points[index, 0]
+        y = points[index, 1]
         finite &= (abs(x) < np.inf) & (abs(y) < np.inf)
         records[k - start, 0] = x
         records[k - start, 1] = y
         records[k - start, 2] = index
     if not finite:
         return records[:0]
-    sort_by_x(records)
+    sort_by_x(records, np.int64(0), stop - start)
     # From the left, the records above everything that follows them form a stack with decreasing y.
     size = 0
     for k in range(stop - start):
@@ -158,7 +158,7 @@ def _front_records(points, candidates, everything, start, stop):
     return records[:size]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _merge_fronts(a, b):
     """Front of the union of two non-empty fronts; the indices of ``a`` are smaller than those of ``b``."""
     merged = np.empty((a.shape[0] + b.shape[0], 3))
@@ -183,7 +183,7 @@ def _merge_fronts(a, b):
     return merged[k:]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _indices(records):
     indices = np.empty(records.shape[0], np.int64)
     for k in range(records.shape[0]):

@@ -6,13 +6,17 @@ geometric predicates", 1997, widened so that underflow is covered; overflow make
 is decided in exact integer arithmetic: a finite float64 is an integer times a power of two, so all coordinates of one
 call are brought to their common power of two and the determinant is an integer. No tolerance appears anywhere.
 
-The filter stages are small enough to be inlined into the caller's loop; the exact stages are not.
+The filter stages are small enough to be inlined into the caller's loop; the exact stages are not, and those in integers
+stay out of the callers' code altogether (:mod:`entreg.geometry._late_calls`).
 """
 
 import math
+from fractions import Fraction
 
 import numpy as np
-from numba import njit
+
+from entreg.geometry._kernels import kernel, part
+from entreg.geometry._late_calls import called_late
 
 _UNIT_ROUNDOFF = 2.0**-53
 _ORIENT_BOUND = (3.0 + 16.0 * _UNIT_ROUNDOFF) * _UNIT_ROUNDOFF
@@ -34,7 +38,7 @@ _ONE = np.uint64(1)
 _ZERO = np.uint64(0)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def orient2d(ax, ay, bx, by, cx, cy):
     """Orientation of three points.
 
@@ -54,7 +58,7 @@ def orient2d(ax, ay, bx, by, cx, cy):
     return orient2d_exact(ax, ay, bx, by, cx, cy)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def incircle(ax, ay, bx, by, cx, cy, dx, dy):
     """Position of d relative to the circle through a, b and c, which turn counter-clockwise.
 
@@ -88,7 +92,7 @@ def incircle(ax, ay, bx, by, cx, cy, dx, dy):
     return incircle_exact(ax, ay, bx, by, cx, cy, dx, dy)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def orient2d_exact(ax, ay, bx, by, cx, cy):
     """The same as :func:`orient2d` without the floating-point filter."""
     acx = ax - cx
@@ -114,15 +118,18 @@ def orient2d_exact(ax, ay, bx, by, cx, cy):
         left_error = _product_error(acx, bcy, left)
         right_error = _product_error(acy, bcx, right)
         return _sign(left_error - right_error)
-    return _orient2d_integers(ax, ay, bx, by, cx, cy)
+    answer = 0
+    while answer == 0:
+        answer = _orient2d_integers((ax, ay, bx, by, cx, cy))
+    return answer - 2
 
 
-@njit(cache=True, nogil=True)
+@part
 def _sign(value):
     return (1 if value > 0 else 0) - (1 if value < 0 else 0)
 
 
-@njit(cache=True, nogil=True)
+@part
 def _is_exact_difference(difference, a, b):
     """Whether ``difference = a - b`` is exact, and of a magnitude at which its products neither over- nor underflow."""
     if not (_SMALLEST_FACTOR < abs(difference) < _LARGEST_FACTOR):
@@ -133,7 +140,7 @@ def _is_exact_difference(difference, a, b):
     return (b_virtual - b) + (a - a_virtual) == 0.0
 
 
-@njit(cache=True, nogil=True)
+@part
 def _product_error(a, b, product):
     """The exact a * b - product (Dekker), for factors accepted by :func:`_is_exact_difference`."""
     a_high = _SPLITTER * a
@@ -145,7 +152,11 @@ def _product_error(a, b, product):
     return a_low * b_low - (((product - a_high * b_high) - a_low * b_high) - a_high * b_low)
 
 
-@njit(cache=True, nogil=True)
+def _orientation_determinant(ax: Fraction, ay: Fraction, bx: Fraction, by: Fraction, cx: Fraction, cy: Fraction):
+    return (ax - cx) * (by - cy) - (ay - cy) * (bx - cx)
+
+
+@called_late("entreg_orient2d_integers", _orientation_determinant)
 def _orient2d_integers(ax, ay, bx, by, cx, cy):
     coordinates = np.empty(6, np.float64)
     coordinates[0] = ax
@@ -161,7 +172,7 @@ def _orient2d_integers(ax, ay, bx, by, cx, cy):
         determinant = (mantissas[0] - mantissas[4]) * (mantissas[3] - mantissas[5]) - (mantissas[1] - mantissas[5]) * (
             mantissas[2] - mantissas[4]
         )
-        return _sign(determinant)
+        return 2 + _sign(determinant)
     # |difference| < 2**(width + 1), so |determinant| < 2**(2 * width + 3); one more bit for the sign.
     limbs = (2 * width + 3) // _LIMB_BITS + 1
     fixed = np.zeros((8, limbs), np.uint64)
@@ -173,12 +184,28 @@ def _orient2d_integers(ax, ay, bx, by, cx, cy):
     _multiply_add(fixed[6], fixed[0], fixed[3])
     _multiply_add(fixed[7], fixed[1], fixed[2])
     _subtract(fixed[6], fixed[6], fixed[7])
-    return _limbs_sign(fixed[6])
+    return 2 + _limbs_sign(fixed[6])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def incircle_exact(ax, ay, bx, by, cx, cy, dx, dy):
     """The same as :func:`incircle` without the floating-point filter."""
+    answer = 0
+    while answer == 0:
+        answer = _incircle_integers((ax, ay, bx, by, cx, cy, dx, dy))
+    return answer - 2
+
+
+def _incircle_determinant(*coordinates: Fraction) -> Fraction:
+    *corners, dx, dy = coordinates
+    ax, bx, cx = (x - dx for x in corners[::2])
+    ay, by, cy = (y - dy for y in corners[1::2])
+    bends = (ax * ax + ay * ay, bx * bx + by * by, cx * cx + cy * cy)
+    return bends[0] * (bx * cy - cx * by) + bends[1] * (cx * ay - ax * cy) + bends[2] * (ax * by - bx * ay)
+
+
+@called_late("entreg_incircle_integers", _incircle_determinant)
+def _incircle_integers(ax, ay, bx, by, cx, cy, dx, dy):
     coordinates = np.empty(8, np.float64)
     coordinates[0] = ax
     coordinates[1] = ay
@@ -203,7 +230,7 @@ def incircle_exact(ax, ay, bx, by, cx, cy, dx, dy):
             + (bdx * bdx + bdy * bdy) * (cdx * ady - adx * cdy)
             + (cdx * cdx + cdy * cdy) * (adx * bdy - bdx * ady)
         )
-        return _sign(determinant)
+        return 2 + _sign(determinant)
     # |difference| < 2**(width + 1); each of the three products of a lift and a minor is below 2**(4 * width + 6),
     # so |determinant| < 2**(4 * width + 8); one more bit for the sign.
     limbs = (4 * width + 8) // _LIMB_BITS + 1
@@ -227,10 +254,10 @@ def incircle_exact(ax, ay, bx, by, cx, cy, dx, dy):
         _multiply_add(fixed[10], fixed[2 * last], fixed[2 * following + 1])
         _subtract(minor, fixed[9], fixed[10])
         _multiply_add(determinant_limbs, lift, minor)
-    return _limbs_sign(determinant_limbs)
+    return 2 + _limbs_sign(determinant_limbs)
 
 
-@njit(cache=True, nogil=True)
+@part
 def _decompose(coordinates):
     """Write each coordinate as mantissa * 2**(common + exponent) with integer mantissa and exponent >= 0.
 
@@ -262,7 +289,7 @@ def _decompose(coordinates):
 # 2**(32 * limbs), which is exact when the length holds the result.
 
 
-@njit(cache=True, nogil=True)
+@part
 def _load(out, mantissa, shift):
     """out = mantissa * 2**shift; ``out`` holds zeros."""
     magnitude = np.uint64(abs(mantissa))
@@ -284,7 +311,7 @@ def _load(out, mantissa, shift):
             carry = value >> _LIMB_SHIFT
 
 
-@njit(cache=True, nogil=True)
+@part
 def _subtract(out, a, b):
     """out = a - b; ``out`` may be ``a`` or ``b``."""
     carry = _ONE
@@ -294,7 +321,7 @@ def _subtract(out, a, b):
         carry = value >> _LIMB_SHIFT
 
 
-@njit(cache=True, nogil=True)
+@part
 def _multiply_add(out, a, b):
     """out += a * b; ``out`` is neither ``a`` nor ``b``."""
     limbs = out.shape[0]
@@ -308,7 +335,7 @@ def _multiply_add(out, a, b):
                 carry = value >> _LIMB_SHIFT
 
 
-@njit(cache=True, nogil=True)
+@part
 def _limbs_sign(a):
     if a[a.shape[0] - 1] >> np.uint64(_LIMB_BITS - 1) != _ZERO:
         return -1

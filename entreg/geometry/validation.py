@@ -3,9 +3,9 @@
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from entreg.errors import InputError
+from entreg.geometry._kernels import kernel
 
 _FLOAT64 = np.dtype(np.float64)
 
@@ -68,7 +68,7 @@ def nonfinite_error(points: np.ndarray, row: int) -> InputError:
     return InputError(f"Coordinates must be finite, but point {row} is ({points[row, 0]}, {points[row, 1]}).")
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def first_nonfinite_row(points):
     """Index of the first row of a ``(n, 2)`` float64 array with a NaN or infinite coordinate, -1 if there is none."""
     block = 4096

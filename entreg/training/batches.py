@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
-from entreg.compat import ensure_torchvision
 from entreg.errors import AssetError, ConfigError, EntregError, InputError
 
 # Streams of random numbers under one seed.
@@ -275,7 +274,6 @@ class Mixing:
     """
 
     def __init__(self, mixup: float, cutmix: float, probability: float, num_classes: int, seed: int) -> None:
-        ensure_torchvision()
         from timm.data import Mixup
 
         self.seed = seed

@@ -31,7 +31,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
-from entreg.compat import ensure_torchvision
 from entreg.errors import ConfigError, InputError
 from entreg.training.penalties import Penalties
 from entreg.training.vision import distillation_loss
@@ -253,7 +252,6 @@ def _rows(states: Tensor, chosen: Tensor | None) -> Tensor:
 
 def _stock_decoder(model: nn.Module) -> nn.Module:
     """The transformers decoder with a head in a model that may be a wrapper around it."""
-    ensure_torchvision()
     try:
         from transformers import PreTrainedModel
     except ModuleNotFoundError as error:
@@ -341,7 +339,6 @@ def low_rank(
             peft is not installed; the model is unchanged.
     """
     _check_low_rank(rank, alpha, dropout)
-    ensure_torchvision()
     from peft import LoraConfig, inject_adapter_in_model
 
     if next(_additions(model), None) is not None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from entreg import distributed
-from entreg.compat import ensure_torchvision
 from entreg.errors import ConfigError
 from entreg.training.checkpoints import Checkpoint, frozen_record, save_checkpoint
 from entreg.training.progress import LossMeter
@@ -193,7 +192,6 @@ def _difference(found: Any, wanted: Any, name: str = "") -> str | None:
 
 def _optimizer(model: nn.Module, extra: list[nn.Parameter], settings: TrainingSettings) -> tuple[Any, Any]:
     """timm's optimiser and schedule; extra parameters are a group without weight decay."""
-    ensure_torchvision()
     from timm.optim import create_optimizer_v2, list_optimizers
     from timm.scheduler import create_scheduler_v2
 

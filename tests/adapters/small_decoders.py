@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import torch
+import transformers
 from torch import Tensor, nn
-
-from entreg.compat import ensure_torchvision
-
-ensure_torchvision()
-
-import transformers  # noqa: E402
 
 VOCABULARY, DEPTH, HEADS = 61, 2, 4
 _SIZES = {

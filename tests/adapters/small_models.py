@@ -1,13 +1,8 @@
 """Tiny stock timm models for the adapter tests, one for each kind that must work."""
 
+import timm
 import torch
 from torch import nn
-
-from entreg.compat import ensure_torchvision
-
-ensure_torchvision()
-
-import timm  # noqa: E402
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
 VIT, DEIT = "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"

@@ -5,14 +5,11 @@ import pickle
 
 import numpy as np
 import pytest
+from torchvision.datasets import CIFAR100, SVHN
 
-from entreg.compat import ensure_torchvision
 from entreg.data.image_sources import cifar100, svhn
 from entreg.errors import AssetError, ConfigError
 from tests.data.official_layouts import cifar100_batch, random_pixels, write_cifar100, write_svhn
-
-ensure_torchvision()
-from torchvision.datasets import CIFAR100, SVHN  # noqa: E402
 
 LABELS = np.array([3, 99, 0, 50, 7, 7])
 

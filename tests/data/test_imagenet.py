@@ -7,15 +7,12 @@ import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
+from timm.data import ImageNetInfo
+from torchvision.datasets import ImageFolder
 
-from entreg.compat import ensure_torchvision
 from entreg.data.imagenet import imagenet
 from entreg.errors import AssetError, ConfigError
 from tests.data.official_layouts import jpeg_bytes, write_image_folder
-
-ensure_torchvision()
-from timm.data import ImageNetInfo  # noqa: E402
-from torchvision.datasets import ImageFolder  # noqa: E402
 
 SYNSETS = ImageNetInfo("imagenet-1k").label_names()
 THREE = ["n02123045", "n01440764", "n07753592"]

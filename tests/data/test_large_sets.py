@@ -8,15 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from entreg.compat import ensure_torchvision
 from entreg.data.imagenet import imagenet
 from entreg.data.vision_sets import LabelledImages
 from entreg.errors import AssetError
 from entreg.training.batches import PositionedDataset, Positions, batch_loader
 from tests.data.official_layouts import jpeg_bytes
 from tests.data.test_imagenet import picture, write_parquet
-
-ensure_torchvision()
 
 LABELS = [2, 0, 1, 1, 2, 0, 2]
 

@@ -4,15 +4,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
-from entreg.compat import ensure_torchvision
 from entreg.data.masks import MaskFolder, object_pixels
 from entreg.data.vision_sets import image_transform, mask_transform, preprocessing
 from entreg.errors import AssetError
 from tests.data.official_layouts import write_imagenet_s_mask
-
-ensure_torchvision()
-from torchvision.transforms.functional import pil_to_tensor  # noqa: E402
 
 
 def test_classes_of_imagenet_s_are_read_as_its_authors_say():

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from entreg.cli import CONFIGS
-from entreg.compat import ensure_torchvision
 from entreg.evaluation.costs import (
     Experiment,
     Measured,
@@ -19,8 +18,6 @@ from entreg.evaluation.costs import (
     parameters,
     state_bytes,
 )
-
-ensure_torchvision()
 
 
 def simulated(piece, gpus):

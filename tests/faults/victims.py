@@ -7,23 +7,21 @@ import json
 import os
 from pathlib import Path
 
+import timm.optim
+import timm.scheduler
+import timm.utils  # noqa: F401
+
 import entreg.evaluation.geometry_experiment
 import entreg.evaluation.geometry_report
 import entreg.evaluation.language_experiment
 import entreg.evaluation.language_report
 import entreg.evaluation.vision_report  # noqa: F401
-from entreg.compat import ensure_torchvision
 from entreg.evaluation.studies import run_all
 from entreg.evaluation.vision_experiment import plan_run
 from entreg.records import RecordStore, registry
 from entreg.records.build import build_all
 from entreg.training.checkpoints import save_checkpoint
 from tests.training import tiny
-
-ensure_torchvision()
-import timm.optim  # noqa: E402
-import timm.scheduler  # noqa: E402
-import timm.utils  # noqa: E402, F401
 
 registry.discover()
 

@@ -8,24 +8,21 @@ import pytest
 import scipy.spatial
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 
 from entreg.errors import InputError
-from entreg.geometry import delaunay
-from entreg.geometry.delaunay_predicates import (
-    ANGLE_BOUND,
-    CROSS_BOUND,
-    LARGEST_SCALED,
-    MARGIN,
-    angle_parts,
-    is_above,
-    is_inside,
-    is_left_turn,
-)
+from entreg.geometry import delaunay, delaunay_predicates
+from entreg.geometry.delaunay_predicates import ANGLE_BOUND, CROSS_BOUND, LARGEST_SCALED, MARGIN
 from tests.geometry.delaunay_oracle import assert_delaunay
 from tests.geometry.exact_oracle import hull_indices, in_circle, integer_points, orientation
 from tests.geometry.strategies import point_sets
 
 module = importlib.import_module("entreg.geometry.delaunay")
+# Parts of kernels have no wrapper for Python of their own.
+angle_parts, is_above, is_inside, is_left_turn = (
+    njit(getattr(delaunay_predicates, name).py_func)
+    for name in ("angle_parts", "is_above", "is_inside", "is_left_turn")
+)
 
 
 @contextmanager

@@ -3,9 +3,7 @@
 import torch
 
 from entreg.adapters import vision_model
-from entreg.compat import ensure_torchvision
 
-ensure_torchvision()
 OPTIONS = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 

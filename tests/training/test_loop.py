@@ -11,14 +11,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from entreg.compat import ensure_torchvision
 from entreg.errors import ConfigError, InputError, OutputError, TrainingError
 from entreg.training.batches import Positions
 from entreg.training.checkpoints import latest_checkpoint, load_model_weights
 from entreg.training.loop import TrainingSettings, train
 from tests.training.tiny import FAST, Digits, TinyNet, new_run, run
-
-ensure_torchvision()
 
 
 def plain_objective(model, batch, step):
