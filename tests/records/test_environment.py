@@ -16,6 +16,7 @@ from tests.records.samples import sample_record
 NOT_RECORDED = {
     "submitit",
     "pytest",
+    "pytest-xdist",
     "hypothesis",
     "ruff",
     "nbclient",
