@@ -128,12 +128,13 @@ def test_the_host_name_is_nowhere():
     assert platform.node() not in str(environment.device_description())
 
 
-def test_recording_does_not_load_torch():
+def test_recording_and_launching_do_not_load_torch():
     script = (
         "import sys\n"
+        "import entreg.evaluation.studies, entreg.runs.status\n"
         "from entreg.records import environment\n"
         "environment.device_description(), environment.library_versions()\n"
-        "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules\n"
+        "assert not {'torch', 'matplotlib'} & set(sys.modules)\n"
     )
     root = Path(environment.REPOSITORY)
     subprocess.run([sys.executable, "-c", script], cwd=root, check=True)
