@@ -29,6 +29,8 @@ TRACKED ?= outputs
 JOBS ?=
 LAUNCHER ?= $(if $(filter-out 1,$(JOBS)),joblib,basic)
 STORE ?= outputs/runs
+# Processes of the tests: auto is one per core, as far as memory goes; 0 runs them in pytest's own, for a debugger.
+WORKERS ?= auto
 .DELETE_ON_ERROR:
 
 .PHONY: help
@@ -190,12 +192,12 @@ notebooks: $(STAMP) ## run the notebooks on the reference records; executed copi
 	$(BIN)/jupyter execute --timeout=300 --output='../outputs/notebooks/{notebook_name}' notebooks/*.ipynb
 
 .PHONY: test
-test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest -m "not exhaustive"
+test: $(STAMP) ## run the tests, a process per core; WORKERS=0 in one process
+	$(BIN)/python -m pytest -m "not exhaustive" -n $(WORKERS) --dist loadgroup
 
 .PHONY: test-exhaustive
 test-exhaustive: $(STAMP) ## the long fuzz of the exact algorithms: over 100,000 cases
-	$(BIN)/python -m pytest -m exhaustive
+	$(BIN)/python -m pytest -m exhaustive -n $(WORKERS) --dist loadgroup
 
 .PHONY: smoke
 smoke: $(STAMP) ## one run of each experiment and benchmark in a minute or two

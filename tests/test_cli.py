@@ -8,6 +8,7 @@ import pytest
 from entreg import cli
 from entreg.errors import AssetError, InputError
 from entreg.records import environment
+from tests.faults.processes import run_program
 
 SCRIPT = """
     from pathlib import Path
@@ -67,10 +68,8 @@ def project(tmp_path_factory):
 
 
 def run(project, *arguments):
-    environment_variables = {**os.environ, "PYTHONPATH": str(environment.REPOSITORY)}
-    command = [sys.executable, str(project / "script.py"), *arguments]
-    return subprocess.run(
-        command, cwd=project, env=environment_variables, capture_output=True, text=True, check=False, timeout=120
+    return run_program(
+        project / "script.py", *arguments, folder=project, environment={"PYTHONPATH": str(environment.REPOSITORY)}
     )
 
 
@@ -146,7 +145,17 @@ def test_a_failing_job_does_not_stop_the_others(project):
 
 
 def test_a_failing_job_in_a_worker_process_is_told_too(project):
-    result = run(project, "-m", "mode=input,plain", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    arguments = ["-m", "mode=input,plain", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    # Joblib's workers look for the program of their parent, which a forked process has not.
+    result = subprocess.run(
+        [sys.executable, "script.py", *arguments],
+        cwd=project,
+        env={**os.environ, "PYTHONPATH": str(environment.REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert result.returncode == cli.USER_ERROR
     assert result.stderr.splitlines()[-1] == "Error: n must be positive."
     assert "Traceback" not in result.stderr

@@ -23,6 +23,10 @@ from entreg.sparse import TokenSparsity, entropy_budget, score_entries, token_sp
 
 _HALVINGS = 60
 
+# By how much, relatively, the multiplier stays below the edge at which an image changes its budget: more than exp(H) of
+# float32 scores changes with the order in which another batch size or processor adds them up (some 2^-20).
+_FROM_THE_EDGE = 2.0**-16
+
 
 def sparsity_by_budget(plan: TokenSparsity, *, num_tokens: int, num_prefix: int, depth: int) -> Tensor:
     """Sparsity of an image that keeps 0, 1, ... patch tokens under a plan, run alone, without padding.
@@ -52,6 +56,8 @@ def match_sparsity(
     model: nn.Module, dataset: Dataset, plan: TokenSparsity, sparsity: float, **loader: Any
 ) -> TokenSparsity:
     """The plan with the largest multiplier whose mean sparsity over these images is at least the given one.
+
+    Largest but for a few in a million, so that roundings do not decide whether the sparsity is reached.
 
     Args:
         model: stock timm model, on its device.
@@ -92,7 +98,7 @@ def match_sparsity(
     for _ in range(_HALVINGS):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if mean(middle) >= sparsity else (low, middle)
-    return replace(plan, entropy_budget=replace(plan.entropy_budget, multiplier=low))
+    return replace(plan, entropy_budget=replace(plan.entropy_budget, multiplier=low * (1.0 - _FROM_THE_EDGE)))
 
 
 def kept_per_image(handle: SparsifyHandle, num_prefix: int) -> Tensor:

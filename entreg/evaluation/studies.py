@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import hydra
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from entreg import distributed
@@ -210,6 +209,9 @@ def chosen_device(name: str) -> str:
     Raises:
         ConfigError: another name, or a device that is not there.
     """
+    # Not above: what only launches runs or finds them done need not wait seconds for it.
+    import torch
+
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):

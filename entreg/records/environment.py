@@ -1,6 +1,7 @@
 """What a run ran on: code version, library versions and hardware. The host's name is not recorded."""
 
 import contextlib
+import functools
 import os
 import platform
 import subprocess
@@ -54,7 +55,15 @@ RECORDED_DISTRIBUTIONS = (
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of every installed dependency, read from package metadata without importing any."""
+    """Versions of Python and of every installed dependency, read from package metadata without importing any.
+
+    They are read once in a process: what it has imported stays what it was.
+    """
+    return dict(_library_versions())
+
+
+@functools.cache
+def _library_versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for name in RECORDED_DISTRIBUTIONS:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -65,19 +74,26 @@ def library_versions() -> dict[str, str]:
 def git_state(repository: Path = REPOSITORY) -> dict[str, Any]:
     """Commit of the code and whether it was changed since.
 
+    Git is asked once in a process: a commit or a change while it runs is not of the code that it has loaded.
+
     Returns:
         ``{"commit": 40 hex digits, "dirty": bool}``; both None without git or outside a checkout of this project.
     """
-    unknown = {"commit": None, "dirty": None}
+    commit, dirty = _git_state(repository)
+    return {"commit": commit, "dirty": dirty}
+
+
+@functools.cache
+def _git_state(repository: Path) -> tuple[str | None, bool | None]:
     top_level = _git(repository, "rev-parse", "--show-toplevel")
     # An installed copy may lie inside some other project's checkout, whose commit says nothing about this code.
     if top_level is None or Path(top_level).resolve() != repository.resolve():
-        return unknown
+        return None, None
     commit = _git(repository, "rev-parse", "HEAD")
     changes = _git(repository, "status", "--porcelain", "--", *_CODE_PATHS)
     if commit is None or changes is None:
-        return unknown
-    return {"commit": commit, "dirty": bool(changes)}
+        return None, None
+    return commit, bool(changes)
 
 
 def device_description() -> dict[str, Any]:

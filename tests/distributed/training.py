@@ -1,4 +1,7 @@
-"""One training of a tiny decoder, by as many processes as there are.
+"""One training of a tiny decoder in float64, by as many processes as there are.
+
+In float64, because the order in which numbers are added up, which differs between processors and between one process
+and two, then decides the ninth digit at most, whatever the optimiser makes of it; a wrong sum still shows in the first.
 
 python -m tests.distributed.training '{"directory": ..., "settings": {...}, "kill": [process, step]}'
 """
@@ -29,7 +32,7 @@ SETTINGS = {
 
 def run(directory, settings=None, kill=None, **options):
     """Train; gives the result and the model. ``kill`` names the process and the step in which it dies."""
-    model = prepare_language_training(random_language_model("smollm2_135m", TINY).model, {"kind": "full"})
+    model = prepare_language_training(random_language_model("smollm2_135m", TINY).model, {"kind": "full"}).double()
     penalty = penalty_from_mapping({"quantity": "row_entropy", "weight": 0.1, "num_sampled_queries": None})
     captures = probe(model)
     # One row of logits at a time where there are few, so that chunks are recomputed.

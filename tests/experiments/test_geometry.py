@@ -1,8 +1,6 @@
 """Every geometry experiment composes and runs in seconds, is resumed, and refuses what it does not know."""
 
 import json
-import subprocess
-import sys
 
 import hydra
 import numpy as np
@@ -17,6 +15,7 @@ from entreg.evaluation.geometry_methods import PROBLEMS, Answer, Method
 from entreg.evaluation.geometry_report import report
 from entreg.evaluation.studies import run_all
 from entreg.records.store import RecordStore
+from tests.faults.processes import run_program
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment" / "geometry").glob("*.yaml"))
 SINGLE = [name for name in EXPERIMENTS if name != "study"]
@@ -150,13 +149,7 @@ def test_wrong_configurations_are_one_sentence(override, message):
 
 
 def test_script_says_one_sentence_and_fails():
-    script = CONFIGS.parent / "scripts" / "geometry.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "experiment=geometry/hull", "distributions=[moon]"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_program("scripts/geometry.py", "experiment=geometry/hull", "distributions=[moon]")
     assert done.returncode == 2
     assert "unknown distribution 'moon'" in done.stderr
     assert "Traceback" not in done.stderr

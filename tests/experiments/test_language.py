@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import hydra
 import numpy as np
@@ -19,6 +18,7 @@ from entreg.evaluation.language_experiment import PAPER_MODELS, plan_run
 from entreg.evaluation.language_report import report
 from entreg.evaluation.studies import run_all, study_configs
 from entreg.records.store import RecordStore
+from tests.faults.processes import run_program
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment" / "llm").glob("*.yaml"))
 # Seconds instead of minutes.
@@ -263,12 +263,7 @@ def test_a_folder_is_recorded_as_the_model_that_it_holds(hub, architecture, tmp_
 
 
 def script(*arguments):
-    return subprocess.run(
-        [sys.executable, str(CONFIGS.parent / "scripts" / "language.py"), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_program("scripts/language.py", *arguments)
 
 
 def test_the_papers_command_says_what_is_missing(tmp_path):

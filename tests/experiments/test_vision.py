@@ -1,8 +1,5 @@
 """Every vision experiment composes, runs in seconds, is resumed, and says at once what is missing."""
 
-import subprocess
-import sys
-
 import hydra
 import numpy as np
 import pytest
@@ -18,6 +15,7 @@ from entreg.evaluation.vision_experiment import plan_run
 from entreg.evaluation.vision_report import report
 from entreg.records.store import RecordStore
 from tests.data.official_layouts import random_pixels, write_cifar100, write_corruptions, write_image_folder
+from tests.faults.processes import run_program
 
 EXPERIMENTS = [
     f"{family}/{path.stem}"
@@ -212,12 +210,7 @@ def test_wrong_configurations_are_one_sentence_before_anything_runs(overrides, m
 
 
 def script(*arguments):
-    return subprocess.run(
-        [sys.executable, str(CONFIGS.parent / "scripts" / "vision.py"), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_program("scripts/vision.py", *arguments)
 
 
 @pytest.mark.parametrize(

@@ -5,22 +5,27 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
+from pathlib import Path
 
 import numpy as np
+
+from tests.faults.catalogue import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # Without them, every process would spend seconds on imports, and most kills would hit those.
 CONTEXT.set_forkserver_preload(["pytest", "tests.faults.victims"])
 
 
-def _quietly(log, function, arguments):
-    """Runs the function with both outputs in a file, as a shell's ``>log 2>&1``."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+def _quietly(log, errors, function, arguments):
+    """Runs the function with its outputs in files, as a shell's ``>log 2>errors``."""
+    for number, path in ((1, log), (2, errors)):
+        # Appending, so that both may be the same file.
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = (os.fdopen(one, "w", closefd=False, encoding="utf-8") for one in (1, 2))
     try:
         function(*arguments)
@@ -34,9 +39,12 @@ def _quietly(log, function, arguments):
         sys.stderr.flush()
 
 
-def start(log, function, *arguments):
-    """A running process; ``log`` gets what it prints."""
-    process = CONTEXT.Process(target=_quietly, args=(str(log), function, arguments))
+def start(log, function, *arguments, errors=None):
+    """A running process; ``log`` gets what it prints, ``errors``, if given, what it prints to standard error."""
+    errors = log if errors is None else errors
+    for path in {log, errors}:
+        path.write_bytes(b"")
+    process = CONTEXT.Process(target=_quietly, args=(str(log), str(errors), function, arguments))
     process.start()
     return process
 
@@ -50,13 +58,29 @@ def finish(process, log, limit=120):
 
 def run_script(log, name, *arguments):
     """``python scripts/<name>.py <arguments>`` in a process of its own; gives its exit status and what it printed."""
-    return finish(start(log, _script, name, arguments), log)
+    return finish(start(log, _program, f"scripts/{name}.py", arguments, os.getcwd(), dict(os.environ)), log)
 
 
-def _script(name, arguments):
-    path = os.path.join("scripts", f"{name}.py")
+def run_program(path, *arguments, folder=ROOT, environment=()):
+    """``python <path> <arguments>`` in a folder, as ``subprocess.run(..., capture_output=True, text=True)`` gives it.
+
+    The path is one from the folder. The environment is this process's with what is given.
+    """
+    with tempfile.TemporaryDirectory() as logs:
+        out, errors = Path(logs, "out"), Path(logs, "errors")
+        values = {**os.environ, **dict(environment)}
+        words = (str(path), tuple(map(str, arguments)), str(folder), values)
+        status, text = finish(start(out, _program, *words, errors=errors), out, limit=300)
+        return subprocess.CompletedProcess([str(path), *words[1]], status, text, errors.read_text(encoding="utf-8"))
+
+
+def _program(path, arguments, folder, environment):
+    # The server that this process is forked from had other ones.
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
     sys.argv = [path, *arguments]
-    sys.path.insert(0, "scripts")
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
     runpy.run_path(path, run_name="__main__")
 
 

@@ -12,6 +12,7 @@ from entreg.records.build import README_BEGIN, README_END, build_all
 from entreg.records.claims import Evidence, load_claims, measure_registry, register_measure
 from entreg.records.figures import figure_registry, method_style, new_figure, register_figure
 from entreg.records.tables import Table, register_table, table_registry
+from tests.faults.processes import run_program
 from tests.records.samples import dated_record as sample_record
 
 README = f"# Title\n\nbefore\n\n{README_BEGIN}\nold\n{README_END}\n\nafter\n"
@@ -234,8 +235,7 @@ def test_builders_mistakes_are_named(builders, tmp_path):
 
 
 def run_script(*arguments):
-    command = [sys.executable, "scripts/tables.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=environment.REPOSITORY, capture_output=True, text=True, check=False)
+    return run_program("scripts/tables.py", *arguments)
 
 
 def test_the_script_builds_checks_and_reports(tmp_path):

@@ -1,7 +1,6 @@
 import copy
 import json
 import subprocess
-import sys
 
 import pytest
 from scipy import stats
@@ -9,6 +8,7 @@ from scipy import stats
 from entreg.errors import InputError, RecordError
 from entreg.records import REFERENCE_ROOT, RecordStore, environment, new_record
 from entreg.records.compare import Source, compare, read_source
+from tests.faults.processes import run_program
 
 ACCURACIES = {"old": [0.90, 0.91, 0.89, 0.92], "new": [0.95, 0.955, 0.945, 0.965]}
 
@@ -267,8 +267,7 @@ def test_a_reference_record_by_hash_identifier_and_file():
 
 def test_the_script(history):
     def run(*arguments):
-        command = [sys.executable, "scripts/compare.py", *map(str, arguments)]
-        return subprocess.run(command, cwd=environment.REPOSITORY, capture_output=True, text=True, check=False)
+        return run_program("scripts/compare.py", *arguments)
 
     runs = history / "results" / "runs"
     old = history / "old"

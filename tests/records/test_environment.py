@@ -16,6 +16,7 @@ from tests.records.samples import sample_record
 NOT_RECORDED = {
     "submitit",
     "pytest",
+    "pytest-xdist",
     "hypothesis",
     "ruff",
     "nbclient",
@@ -29,6 +30,14 @@ NOT_RECORDED = {
     "jinja2",
     "markupsafe",
 }
+
+
+@pytest.fixture(autouse=True)
+def new_process():
+    """Nothing is known from records of other tests, and they learn nothing from these."""
+    environment._git_state.cache_clear()
+    yield
+    environment._git_state.cache_clear()
 
 
 @pytest.fixture
@@ -52,14 +61,26 @@ def test_git_commit_and_clean_tree(repository):
 
 
 def test_changed_and_new_code_is_dirty_but_results_are_not(repository):
+    def dirty():
+        environment._git_state.cache_clear()
+        return environment.git_state(repository)["dirty"]
+
     (repository / "results").mkdir()
     (repository / "results" / "table.md").write_text("generated")
-    assert environment.git_state(repository)["dirty"] is False
+    assert dirty() is False
     (repository / "entreg" / "new.py").write_text("y = 1\n")
-    assert environment.git_state(repository)["dirty"] is True
+    assert dirty() is True
     (repository / "entreg" / "new.py").unlink()
     (repository / "entreg" / "code.py").write_text("x = 2\n")
-    assert environment.git_state(repository)["dirty"] is True
+    assert dirty() is True
+
+
+def test_git_is_asked_once_in_a_process(repository, monkeypatch):
+    state = environment.git_state(repository)
+    # The code that this process has loaded is that of its start; and a record may change what it was given.
+    environment.git_state(repository)["commit"] = None
+    monkeypatch.setattr(environment, "_git", lambda *_: pytest.fail("git was asked again"))
+    assert environment.git_state(repository) == state
 
 
 def test_git_variables_of_a_hook_do_not_mislead(repository, monkeypatch, tmp_path_factory):
@@ -107,12 +128,13 @@ def test_the_host_name_is_nowhere():
     assert platform.node() not in str(environment.device_description())
 
 
-def test_recording_does_not_load_torch():
+def test_recording_and_launching_do_not_load_torch():
     script = (
         "import sys\n"
+        "import entreg.evaluation.studies, entreg.runs.status\n"
         "from entreg.records import environment\n"
         "environment.device_description(), environment.library_versions()\n"
-        "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules\n"
+        "assert not {'torch', 'matplotlib'} & set(sys.modules)\n"
     )
     root = Path(environment.REPOSITORY)
     subprocess.run([sys.executable, "-c", script], cwd=root, check=True)

@@ -3,7 +3,6 @@
 import importlib.util
 import re
 import subprocess
-import sys
 
 import hydra
 import pytest
@@ -13,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from entreg.cli import CONFIGS
 from entreg.evaluation.geometry_experiment import experiment_configs, plan_runs
 from entreg.runs.multirun import sweep_name
+from tests.faults.processes import run_program
 
 LAUNCHERS = sorted(path.stem for path in (CONFIGS / "launcher").glob("*.yaml"))
 SWEEPS = sorted(path.stem for path in (CONFIGS / "sweep").glob("*.yaml"))
@@ -62,9 +62,7 @@ def test_launchers_compose_with_every_script(name, entry):
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
 def test_ray_is_asked_for_in_one_sentence(tmp_path):
-    script = CONFIGS.parent / "scripts" / "geometry.py"
-    command = [sys.executable, str(script), "-m", "launcher=ray", "seeds=[0],[1]", f"store={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_program("scripts/geometry.py", "-m", "launcher=ray", "seeds=[0],[1]", f"store={tmp_path}")
     assert done.returncode == 2
     assert done.stderr == (
         "Error: hydra/launcher=ray needs the package hydra-ray-launcher, which is not installed: see docs/sweeps.md.\n"

@@ -14,6 +14,7 @@ from entreg.runs import status
 from entreg.runs.directory import RunDirectory
 from entreg.runs.status import conclude, counted, duration, run_names, status_table, time_left
 from entreg.runs.sweep import RunStatus, Sweep
+from tests.faults.processes import run_program
 
 ACCURACY = {"name": "accuracy", "value": "accuracy", "where": None, "direction": "maximize"}
 COMMAND = "python scripts/train.py -m method=a,b,c seed=0"
@@ -171,8 +172,7 @@ def test_waiting_for_others_ends_when_they_do(sweep, monkeypatch, capsys):
 
 
 def script(*arguments):
-    command = [sys.executable, str(CONFIGS.parent / "scripts" / "status.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return run_program("scripts/status.py", *arguments)
 
 
 def test_the_script_shows_the_newest_sweep(sweep, tmp_path):

@@ -311,7 +311,7 @@ def test_gradient_checkpointing_changes_nothing_and_is_switched_off_again(tmp_pa
     results = []
     for flag in (False, True):
         calls = []
-        model = prepare_language_training(small_decoder(), adaptation)
+        model = prepare_language_training(small_decoder(), adaptation).double()
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         objective = objective_of(model, row=ENTROPY)
         settings = TrainingSettings(**{**FAST, "steps": 2}, gradient_checkpointing=flag)
@@ -320,9 +320,10 @@ def test_gradient_checkpointing_changes_nothing_and_is_switched_off_again(tmp_pa
         assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         assert not model.get_input_embeddings()._forward_hooks
         results.append((model.state_dict(), [row[key] for row in result.history for key in ("loss", "gradient_norm")]))
-    assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
+    # Logged in float32.
+    assert results[0][1] == pytest.approx(results[1][1], rel=2 * torch.finfo(torch.float32).eps)
     for name, value in results[0][0].items():
-        torch.testing.assert_close(results[1][0][name], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(results[1][0][name], value, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("quantity", ["row_entropy", "block_entropy", "key_entropy", "l1_logits", "ball"])

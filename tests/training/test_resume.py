@@ -107,18 +107,20 @@ def test_process_killed_at_a_random_step_ends_with_the_same_bits(tmp_path, name)
     [{}, {"gradient_accumulation": 2, "mixup": 0.5, "cutmix": 0.5, "num_classes": 3, "ema_decay": 0.9}],
 )
 def test_two_processes_equal_one(tmp_path, settings):
-    variant = {"settings": {**settings, "clip_norm": 0.1}, "dropout": 0.0, "augment": True}
+    # In float64, where the order of summation, which differs, decides the ninth digit at most.
+    variant = {"settings": {**settings, "clip_norm": 0.1}, "dropout": 0.0, "augment": True, "double": True}
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone", "-m")
     together = in_a_process(tmp_path / "two", variant, launcher=launcher)
     assert together.returncode == 0, together.stderr
     _, _, result = run(tmp_path / "one", **variant)
     wanted, found = final_weights(tmp_path / "one"), final_weights(tmp_path / "two")
     for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=0 if name.endswith("seen") else 1e-5)
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
     rows = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [row["step"] for row in result.history]
-    # Means over both processes' halves of the batch.
-    np.testing.assert_allclose([row["task"] for row in rows], [row["task"] for row in result.history], rtol=1e-4)
+    # Means over both processes' halves of the batch, logged in float32.
+    tolerance = 2 * np.finfo(np.float32).eps
+    np.testing.assert_allclose([row["task"] for row in rows], [row["task"] for row in result.history], rtol=tolerance)
     # The interrupted run of two processes goes on, too.
     for path in (tmp_path / "two" / "checkpoints").glob("step-00000012"):
         (path / "state.json").write_text("{}")

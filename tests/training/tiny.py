@@ -71,6 +71,7 @@ class TinyNet(nn.Module):
     def forward(self, images):
         if self.training:
             self.seen += 1
+        images = images.to(self.first.weight.dtype)
         return self.second(self.dropout(torch.relu(self.norm(self.first(images.flatten(1))))))
 
 
@@ -83,7 +84,8 @@ class Objective:
     def __call__(self, model, batch, step):
         if step == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        task = F.cross_entropy(model(batch["images"]).float(), batch["labels"])
+        logits = model(batch["images"])
+        task = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), batch["labels"])
         penalty = torch.zeros(())
         if self.gate is not None:
             self.weight *= 1.05
@@ -103,9 +105,11 @@ def new_run(kill_at=None, dropout=0.2, gated=True):
     return TinyNet(dropout), Objective(gate, kill_at), [gate] if gated else []
 
 
-def run(directory, settings, *, kill_at=None, dropout=0.2, data="Digits", augment=False, **options):
-    """Train afresh or resumed; gives the model, the extra parameters and the result."""
+def run(directory, settings, *, kill_at=None, dropout=0.2, data="Digits", augment=False, double=False, **options):
+    """Train afresh or resumed, ``double`` in float64; gives the model, the extra parameters and the result."""
     model, objective, extra = new_run(kill_at, dropout)
+    if double:
+        model.double()
     dataset = {"Digits": Digits, "ManyDigits": ManyDigits, "NoisyDigits": NoisyDigits}[data]()
     result = train(
         model,
