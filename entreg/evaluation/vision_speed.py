@@ -50,7 +50,8 @@ from entreg.evaluation.speed_models import (
     without_attention,
     without_blocks,
 )
-from entreg.evaluation.timing import Timing, interleaved_timings, warm_up
+from entreg.evaluation.timing import Timing, interleaved_timings
+from entreg.progress import progress
 from entreg.records.record import new_record
 from entreg.records.store import RecordStore
 from entreg.sparse import ColumnSparsity, recorded_kernels, sparsity_from_mapping
@@ -156,7 +157,7 @@ def run_vision_speed(
     require_writable(store)
     records = RecordStore(store)
     paths = []
-    for config in configs:
+    for config in progress(configs, "vision models' speed"):
         if force or records.find(EXPERIMENT, config) is None:
             records.save(run(config, command=command, scale=profile["name"]))
         paths.append(records.path_for(EXPERIMENT, config))
@@ -221,8 +222,7 @@ def measure(model: nn.Module, batch: int, config: Mapping[str, Any], device: tor
         for part, variant in ((_FREE, without_attention(model)), (_REST, without_blocks(model))):
             steps[part] = _forward(variant, images, config["compilation"], True)
         synchronize = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None
-        loops = {name: warm_up(step, synchronize)[0] for name, step in steps.items()}
-        timings = interleaved_timings(steps, repeats=config["repeats"], inner_loops=loops, synchronize=synchronize)
+        timings = interleaved_timings(steps, repeats=config["repeats"], synchronize=synchronize)
         memory = {
             name: peak_memory(one.step, device) if device.type == "cuda" else None for name, one in candidates.items()
         }
@@ -242,7 +242,7 @@ def measure(model: nn.Module, batch: int, config: Mapping[str, Any], device: tor
             "seconds_min": timings[name].minimum,
             "seconds_max": timings[name].maximum,
             "rounds": config["repeats"],
-            "calls_per_round": loops[name],
+            "calls_per_round": timings[name].calls,
             "images_per_second": batch / timings[name].median,
             "peak_bytes": memory[name],
             **_comparison(one, name, timings, Geometry.of(model)),
