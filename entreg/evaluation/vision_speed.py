@@ -3,7 +3,7 @@
 The four cells are dense and sparse, each with unfused attention (explicit products, as before FlashAttention) and
 with torch's fused attention. All candidates of a batch size run in turn in every round of one process, forward passes
 from images to logits, so what a plan costs (scores, gathers, merges) is in its time. Beside each measured speed-up
-stands what Amdahl's law allows: for the attention products alone, and for everything that the plan shrinks.
+stands what Amdahl's law allows for the attention products alone, and what time in proportion to all work would give.
 
 Weights are random: they decide accuracy, not speed. Accuracies at the same plans come from the trained models of the
 vision experiments.
@@ -252,9 +252,11 @@ def measure(model: nn.Module, batch: int, config: Mapping[str, Any], device: tor
 
 
 def _comparison(one: Candidate, name: str, timings: Mapping[str, Timing], sizes: Geometry) -> dict[str, float]:
-    """Speed-ups over both dense cells, shares of the dense time, and Amdahl's bounds on the gain over that cell.
+    """Speed-ups over both dense cells, shares of the dense time, and what smaller work allows.
 
-    The bounds are on the speed-up over the dense cell with the same kind of attention.
+    ``bound_attention_alone`` is Amdahl's bound on leaving out score entries; ``bound`` is the speed-up if the time of
+    the layers shrank in proportion to their tokens as well, which is a bound only where no token is left out: smaller
+    products may take less time each. Both are over the dense cell with the same kind of attention.
     """
     seconds = timings[name].median
     dense = timings[_key("dense", one.fused)].median
