@@ -9,6 +9,7 @@ python scripts/benchmark.py store=results/runs                  into the referen
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
+import entreg.script  # noqa: F401, before PyTorch is loaded
 from entreg.cli import command_line, hydra_main
 from entreg.evaluation.reporting import filled_tables
 from entreg.records.store import RecordStore

@@ -10,6 +10,7 @@ python scripts/geometry.py -m +sweep=geometry_ablation              the sensitiv
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+import entreg.script  # noqa: F401, before PyTorch is loaded
 from entreg.cli import command_line, hydra_main
 from entreg.evaluation.geometry_experiment import experiment_configs, plan_runs
 from entreg.evaluation.geometry_report import report

@@ -10,6 +10,7 @@ python scripts/language.py profile=smoke store=outputs/smoke                  in
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+import entreg.script  # noqa: F401, before PyTorch is loaded
 from entreg.cli import command_line, hydra_main
 from entreg.evaluation.language_experiment import CHECKED, plan_run
 from entreg.evaluation.language_report import report

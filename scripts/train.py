@@ -9,6 +9,7 @@ python scripts/train.py -m regularizer=key_entropy,row_entropy,none seed=0,1,2  
 
 from omegaconf import DictConfig, OmegaConf
 
+import entreg.script  # noqa: F401, before PyTorch is loaded
 from entreg.cli import command_line, hydra_main
 from entreg.evaluation.studies import run_all
 from entreg.evaluation.vision_experiment import CHECKED, plan_run

@@ -9,6 +9,7 @@ python scripts/vision.py profile=smoke store=outputs/smoke                   in 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+import entreg.script  # noqa: F401, before PyTorch is loaded
 from entreg.cli import command_line, hydra_main
 from entreg.evaluation.studies import run_all, study_configs
 from entreg.evaluation.vision_experiment import CHECKED, plan_run

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from entreg import distributed
 from entreg.errors import ConfigError, InputError
+from entreg.progress import progress_bar
 from entreg.training.batches import loading_errors
 from entreg.training.vision import answer_logits
 
@@ -215,7 +216,7 @@ def evaluate(
     batches = [range(turn * batch_size, min((turn + 1) * batch_size, len(dataset))) for turn in turns]
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers)
     parts = []
-    with evaluation_mode(model), torch.no_grad(), loading_errors():
+    with evaluation_mode(model), torch.no_grad(), loading_errors(), progress_bar(len(turns), "images") as bar:
         for turn, batch in zip(turns, loader, strict=True):
             if generator is not None:
                 generator.manual_seed(turn)
@@ -225,4 +226,5 @@ def evaluate(
             parts.append(classify(logits, batch["labels"]))
             if observe is not None:
                 observe(batch)
+            bar.advance()
     return Classification.concatenate(distributed.in_order(parts))

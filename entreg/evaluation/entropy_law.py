@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from entreg.atomic import require_writable
 from entreg.entropy import hull_entropy
@@ -30,11 +29,10 @@ from entreg.evaluation.rivals import COMPARISON_HULLS
 from entreg.evaluation.timing import Timing, interleaved_timings
 from entreg.geometry.convex_hull import convex_hull
 from entreg.geometry.generators import generate
+from entreg.progress import progress
 from entreg.records.record import new_record
 from entreg.records.statistics import linear_fit
 from entreg.records.store import RecordStore
-
-_SHORTEST_MEASUREMENT = 5e-3
 
 
 def convex_clusters(n: int, seed: int, clusters: int) -> np.ndarray:
@@ -127,12 +125,7 @@ def _measure(points: np.ndarray, comparison: str, repeats: int) -> dict[str, Tim
         "entreg": lambda: convex_hull(points, threads=1),
         comparison: lambda: COMPARISON_HULLS[comparison](points),
     }
-    loops = {}
-    for name, method in methods.items():
-        start = time.perf_counter()
-        method()
-        loops[name] = max(1, math.ceil(_SHORTEST_MEASUREMENT / (time.perf_counter() - start)))
-    return interleaved_timings(methods, repeats=repeats, warmup=1, inner_loops=loops)
+    return interleaved_timings(methods, repeats=repeats)
 
 
 def law_rows(family: str, sizes: Sequence[int], levels: int, seed: int, repeats: int) -> list[dict[str, object]]:
@@ -149,37 +142,37 @@ def law_rows(family: str, sizes: Sequence[int], levels: int, seed: int, repeats:
     """
     rows = []
     law = LAW_FAMILIES[family]
-    for n in sizes:
-        for value in law.values(n, levels):
-            points = law.points(n, seed, value)
-            bounds = hull_entropy(points)
-            from_construction = law.entropy(n, value)
-            candidates = [bounds.upper] if from_construction is None else [bounds.upper, from_construction]
-            vertices = convex_hull(points, threads=1)
-            other = COMPARISON_HULLS[law.comparison](points)
-            if vertex_set_difference(points[vertices], points[other]) != (0, 0):
-                raise RuntimeError(f"entreg and {law.comparison} disagree on {family}, n = {n}, {value}")
-            for method, timing in _measure(points, law.comparison, repeats).items():
-                rows.append(
-                    {
-                        "family": family,
-                        "n": n,
-                        "method": method,
-                        "parameter": law.parameter,
-                        "value": value,
-                        "entropy": min(candidates),
-                        "entropy_upper": bounds.upper,
-                        "entropy_lower": bounds.lower,
-                        "entropy_family": from_construction,
-                        "work": n * (1.0 + min(candidates)),
-                        "hull_vertices": len(vertices),
-                        "seconds_median": timing.median,
-                        "seconds_min": timing.minimum,
-                        "seconds_max": timing.maximum,
-                        "repeats": repeats,
-                        "threads": 1,
-                    }
-                )
+    inputs = [(n, value) for n in sizes for value in law.values(n, levels)]
+    for n, value in progress(inputs, family):
+        points = law.points(n, seed, value)
+        bounds = hull_entropy(points)
+        from_construction = law.entropy(n, value)
+        candidates = [bounds.upper] if from_construction is None else [bounds.upper, from_construction]
+        vertices = convex_hull(points, threads=1)
+        other = COMPARISON_HULLS[law.comparison](points)
+        if vertex_set_difference(points[vertices], points[other]) != (0, 0):
+            raise RuntimeError(f"entreg and {law.comparison} disagree on {family}, n = {n}, {value}")
+        for method, timing in _measure(points, law.comparison, repeats).items():
+            rows.append(
+                {
+                    "family": family,
+                    "n": n,
+                    "method": method,
+                    "parameter": law.parameter,
+                    "value": value,
+                    "entropy": min(candidates),
+                    "entropy_upper": bounds.upper,
+                    "entropy_lower": bounds.lower,
+                    "entropy_family": from_construction,
+                    "work": n * (1.0 + min(candidates)),
+                    "hull_vertices": len(vertices),
+                    "seconds_median": timing.median,
+                    "seconds_min": timing.minimum,
+                    "seconds_max": timing.maximum,
+                    "repeats": repeats,
+                    "threads": 1,
+                }
+            )
     return rows
 
 
@@ -251,7 +244,7 @@ def run_entropy_law(
     records = RecordStore(store)
     seed, repeats = profile["seeds"][0], profile["repeats"]
     paths = []
-    for family in tqdm(families, desc="entropy law", disable=None):
+    for family in progress(families, "entropy law"):
         config = {
             "family": family,
             "sizes": sizes,

@@ -11,6 +11,7 @@ import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -24,7 +25,10 @@ from entreg.errors import ConfigError, InputError
 from entreg.evaluation.geometry_methods import OURS, PROBLEMS, Method, Problem, build_methods
 from entreg.evaluation.timing import interleaved_timings
 from entreg.evaluation.tracked_runs import tracked_run
+from entreg.progress import progress_bar
 from entreg.records.record import new_record
+from entreg.runs.directory import RunDirectory
+from entreg.runs.finished import Finished, identity_of
 from entreg.tracking import TrackerSettings, track_record, tracker_settings_from_mapping
 from entreg.training.entropy_net import EntropyNetSettings, TrainedEntropyNet, train_entropy_net
 
@@ -33,9 +37,6 @@ TRAINING_POINTS = 20_000
 
 SAMPLE_POINTS = 400
 """Points kept in the record of the first seed before and after rewriting, for the figures."""
-
-_SHORTEST_MEASUREMENT = 2e-3
-_MOST_INNER_LOOPS = 100
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,9 @@ class GeometryRun:
         variant = "" if self.variant == "default" else f" {self.variant}"
         return f"{self.distribution} seed {self.seed}{variant}"
 
-    def make_record(self, command: str) -> dict[str, Any]:
+    def make_record(self, command: str, directory: RunDirectory) -> dict[str, Any]:
         """See :func:`run_geometry`."""
-        record = run_geometry(self, command)
+        record = run_geometry(self, command, directory.measures)
         # Only now: nothing must run beside what is timed.
         with tracked_run(self) as tracker:
             track_record(tracker, record)
@@ -154,12 +155,13 @@ def plan_runs(config: Mapping[str, Any]) -> list[GeometryRun]:
     ]
 
 
-def run_geometry(run: GeometryRun, command: str) -> dict[str, Any]:
+def run_geometry(run: GeometryRun, command: str, measures: Path | None = None) -> dict[str, Any]:
     """One run: train, answer, compare, time.
 
     Args:
         run: what to do.
         command: goes into the record.
+        measures: file that keeps what was measured, see :mod:`entreg.runs.finished`; None: nothing is kept.
 
     Returns:
         A run record with one row per size and method. ``speedup`` of a row is the baseline's median time over the
@@ -173,22 +175,29 @@ def run_geometry(run: GeometryRun, command: str) -> dict[str, Any]:
     # slow down whatever is timed next.
     torch.set_num_threads(1)
     try:
-        return _run(run, command)
+        return _run(run, command, measures)
     finally:
         torch.set_num_threads(threads)
 
 
-def _run(run: GeometryRun, command: str) -> dict[str, Any]:
+def _run(run: GeometryRun, command: str, measures: Path | None) -> dict[str, Any]:
     start = time.perf_counter()
     problem = PROBLEMS[run.problem]
+    _warm_up(run.problem)
     trained = _trained(run.distribution, run.seed, run.training)
     sample = load_points(run.distribution, TRAINING_POINTS, run.seed)
-    _warm_up(run.problem)
-    rows: list[dict[str, Any]] = []
-    for size in run.sizes:
+    finished = Finished(measures, lambda: identity_of(run.config, trained.net))
+
+    def rows_of(size: int) -> list[dict[str, Any]]:
         points = load_points(run.distribution, size, run.seed)
         methods = build_methods(problem, trained.net, trained.net.advice(sample), points)
-        rows += _rows(run, problem, methods, points)
+        return _rows(run, problem, methods, points)
+
+    rows = []
+    with progress_bar(len(run.sizes), run.label) as bar:
+        for size in run.sizes:
+            # Methods are compared within one process, so a size is measured as a whole.
+            rows += finished.measure(f"{size:,} points", functools.partial(rows_of, size), bar)
     before = sample[: len(sample) // SAMPLE_POINTS * SAMPLE_POINTS : len(sample) // SAMPLE_POINTS]
     metrics = {
         "training_seconds": trained.seconds,
@@ -217,10 +226,7 @@ def _run(run: GeometryRun, command: str) -> dict[str, Any]:
 def measure_methods(
     methods: Mapping[str, Method], *, repeats: int, time_budget: float
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, str]]:
-    """Answers and interleaved seconds of methods, with as many rounds as fit the budget.
-
-    The first round gives the answers. When it alone exceeds the budget it is also the measurement; otherwise it
-    warms up caches and is not counted.
+    """Answers and interleaved seconds of methods, with as many rounds as fit the budget; see :mod:`.timing`.
 
     Args:
         methods: by name.
@@ -234,28 +240,22 @@ def measure_methods(
     failures: dict[str, str] = {}
 
     def attempt(name: str, method: Method) -> None:
+        if name in failures:
+            return
         try:
-            answers[name] = method.run()
+            answer = method.run()
         except QhullError as error:
             # A rewrite may merge points or put them on one line; that is a result, not an accident.
             failures[name] = f"Qhull failed: {str(error).strip().splitlines()[0]}"
+        else:
+            answers.setdefault(name, answer)
 
     timings = interleaved_timings(
-        {name: functools.partial(attempt, name, method) for name, method in methods.items()}, repeats=1, warmup=0
+        {name: functools.partial(attempt, name, method) for name, method in methods.items()},
+        repeats=repeats,
+        time_budget=time_budget,
     )
-    first = {name: timings[name].median for name in answers}
-    total = sum(first.values())
-    if total > time_budget:
-        return {name: np.array([seconds]) for name, seconds in first.items()}, answers, failures
-    timings = interleaved_timings(
-        {name: methods[name].run for name in first},
-        repeats=int(np.clip(time_budget / total, 1, repeats)),
-        warmup=0,
-        inner_loops={
-            name: int(np.clip(_SHORTEST_MEASUREMENT / seconds, 1, _MOST_INNER_LOOPS)) for name, seconds in first.items()
-        },
-    )
-    return {name: np.array(timing.seconds) for name, timing in timings.items()}, answers, failures
+    return {name: np.array(timings[name].seconds) for name in answers}, answers, failures
 
 
 def _rows(
@@ -299,7 +299,7 @@ def _trained(distribution: str, seed: int, settings: EntropyNetSettings) -> Trai
 
 @functools.lru_cache
 def _warm_up(problem: str) -> None:
-    """Compilation and first-use costs belong to no method."""
+    """Compilation and first-use costs belong neither to a method nor to the seconds of a training."""
     points = load_points("disk", 3000, 0)
     trained = train_entropy_net(points, EntropyNetSettings(steps=1), 0)
     for method in build_methods(PROBLEMS[problem], trained.net, trained.net.advice(points), points).values():

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 from numba import njit
-from tqdm import tqdm
 
 from entreg.atomic import require_writable
 from entreg.data.points import POINT_SETS, describe_points, load_points
@@ -47,6 +46,7 @@ from entreg.geometry.delaunay import Triangulation, delaunay
 from entreg.geometry.generators import generate
 from entreg.geometry.pareto import pareto_front
 from entreg.parallel import chunk_ranges, default_threads, run_chunks
+from entreg.progress import progress
 from entreg.records.record import new_record
 from entreg.records.store import RecordStore
 
@@ -54,8 +54,6 @@ MEASURED = "measured"
 NOT_RUN = "over the time budget, not run"
 
 _CLUSTERS = 32
-_SHORTEST_MEASUREMENT = 2e-3
-_MOST_INNER_LOOPS = 500
 _FEWEST_ROUNDS = 3
 _SIDE_LINE_SHARE = 0.05
 
@@ -301,21 +299,6 @@ FAMILIES: dict[str, Callable[[], Family]] = {
 # --- measuring -----------------------------------------------------------------------------------------------------
 
 
-def _first_run(method: Method, given: object, expected: float) -> tuple[object, float]:
-    """Result and an estimate of the seconds of one run, repeated to leave one-off costs such as compilation out.
-
-    Only a run that is long as expected (seconds, 0 when nothing is known) is not repeated.
-    """
-    best = np.inf
-    for _ in range(2):
-        start = time.perf_counter()
-        result = method.rival.run(given)
-        best = min(best, time.perf_counter() - start)
-        if best > 1.0 and expected > 0.1:
-            break
-    return result, best
-
-
 def measure(
     family: Family,
     points: np.ndarray,
@@ -346,8 +329,7 @@ def measure(
     expected = expected or {}
     given_by_preparation: dict[Callable[[np.ndarray], object], object] = {}
     checks: dict[str, dict[str, object]] = {}
-    rounds: dict[str, int] = {}
-    loops: dict[str, int] = {}
+    budgets: dict[str, float] = {}
     callables: dict[str, Callable[[], object]] = {}
     check: Callable[[np.ndarray, object], dict[str, object]] | None = None
     for method in family.methods:
@@ -358,7 +340,7 @@ def measure(
         if prepare not in given_by_preparation:
             given_by_preparation[prepare] = prepare(points)
         given = given_by_preparation[prepare]
-        result, seconds = _first_run(method, given, expected.get(method.name, 0.0))
+        result = method.rival.run(given)
         if method.kind in ("limit", "conversion"):
             checks[method.name] = {}
         else:
@@ -371,11 +353,11 @@ def measure(
             if method.kind == "ours" and not checks[method.name]["exact"]:
                 raise RuntimeError(f"{method.name} differs from entreg on {len(points)} points")
         del result
-        rounds[method.name] = int(np.clip(budget / seconds, min(_FEWEST_ROUNDS, repeats), repeats))
-        loops[method.name] = int(np.clip(np.ceil(_SHORTEST_MEASUREMENT / seconds), 1, _MOST_INNER_LOOPS))
+        budgets[method.name] = budget
         callables[method.name] = _bind(method.rival.run, given)
 
-    seconds_of = _timed_rounds(callables, rounds, loops)
+    timings = interleaved_timings(callables, repeats=repeats, least=min(_FEWEST_ROUNDS, repeats), time_budget=budgets)
+    seconds_of = {name: timing.seconds for name, timing in timings.items()}
     rows = [_row(method, len(points), seconds_of.get(method.name), checks) for method in family.methods]
     _add_ratios(rows, family)
     return rows
@@ -383,20 +365,6 @@ def measure(
 
 def _bind(run: Callable[[object], object], given: object) -> Callable[[], object]:
     return lambda: run(given)
-
-
-def _timed_rounds(
-    callables: Mapping[str, Callable[[], object]], rounds: Mapping[str, int], loops: Mapping[str, int]
-) -> dict[str, list[float]]:
-    """Interleaved seconds of every method; those with few rounds drop out when they have had them."""
-    seconds: dict[str, list[float]] = {name: [] for name in callables}
-    done = 0
-    for level in sorted(set(rounds.values())):
-        running = {name: callables[name] for name in callables if rounds[name] >= level}
-        for name, timing in interleaved_timings(running, repeats=level - done, warmup=0, inner_loops=loops).items():
-            seconds[name].extend(timing.seconds)
-        done = level
-    return seconds
 
 
 def _row(
@@ -480,9 +448,7 @@ def run_geometry_speed(
     seed = profile["seeds"][0]
     family = FAMILIES[problem]()
     paths = []
-    warmed_up = False
-    progress = tqdm(total=len(distributions) * len(sizes), desc=f"{problem} benchmark", disable=None)
-    for distribution in distributions:
+    for distribution in progress(distributions, f"{problem} benchmark"):
         config = {
             "problem": problem,
             "distribution": distribution,
@@ -495,14 +461,9 @@ def run_geometry_speed(
         experiment = f"benchmark/geometry_{problem}/{distribution}"
         if not force and records.find(experiment, config) is not None:
             paths.append(records.path_for(experiment, config))
-            progress.update(len(sizes))
             continue
-        if not warmed_up:
-            # Compilation belongs to no method's time.
-            measure(family, generate("square", 200, 0), repeats=1, time_budget=time_budget)
-            warmed_up = True
         start = time.perf_counter()
-        rows = _run_sizes(family, distribution, sizes, config, progress)
+        rows = _run_sizes(family, distribution, sizes, config)
         record = new_record(
             experiment=experiment,
             scale=profile["name"],
@@ -516,18 +477,16 @@ def run_geometry_speed(
             wall_seconds=time.perf_counter() - start,
         )
         paths.append(records.save(record))
-    progress.close()
     return paths
 
 
 def _run_sizes(
-    family: Family, distribution: str, sizes: Sequence[int], config: Mapping[str, object], progress: tqdm
+    family: Family, distribution: str, sizes: Sequence[int], config: Mapping[str, object]
 ) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     expected: dict[str, float] = {}
     previous = None
-    for n in sizes:
-        progress.set_postfix_str(f"{distribution}, n = {n:,}")
+    for n in progress(sizes, distribution):
         if previous is not None:
             # At least linear growth: what does not fit at this size will not fit at a larger one either.
             expected = {name: seconds * n / previous for name, seconds in expected.items()}
@@ -542,7 +501,6 @@ def _run_sizes(
         expected |= {row["method"]: row["seconds_median"] for row in measured if row["seconds_median"]}
         rows.extend({"distribution": distribution, **row} for row in measured)
         previous = n
-        progress.update()
     return rows
 
 

@@ -13,6 +13,7 @@ Besides, where asked for: tasks of lm-eval (:mod:`entreg.evaluation.language_har
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
@@ -23,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from entreg import distributed
 from entreg.adapters import sparsify
@@ -40,12 +40,17 @@ from entreg.evaluation.language_measures import (
     row_supports,
     token_losses,
 )
+from entreg.progress import progress, progress_bar
+from entreg.runs.finished import Finished
 from entreg.sparse import DecoderSparsity, sparsity_from_mapping
 
 Row = dict[str, Any]
 
 TASKS = ("perplexity", "copy", "needle", "summary")
 EVALUATED_SPLITS = ("validation", "test")
+
+# A token that is written takes as long as reading so many, about, for small models on a CPU.
+_READ_WHILE_WRITING = 16
 
 _COMMON = ("contexts", "count", "splits", "levels")
 _OWN = {"perplexity": ("stride",), "copy": (), "needle": ("depths",), "summary": ("new_tokens",)}
@@ -255,7 +260,12 @@ def check_model(model: nn.Module, name: str, config: Mapping[str, Any]) -> None:
 
 
 def evaluate_everything(
-    model: nn.Module, tokenizer: Any, tasks: Sequence[Task], config: Mapping[str, Any]
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    config: Mapping[str, Any],
+    *,
+    finished: Finished | None = None,
 ) -> tuple[dict[str, Any], list[Row]]:
     """Measure a model in every way that a configuration asks for.
 
@@ -267,6 +277,7 @@ def evaluate_everything(
         tokenizer: the model's.
         tasks: from :func:`open_tasks`.
         config: the resolved ``evaluation`` part.
+        finished: what was measured before, which is not measured again; gets what is measured now.
 
     Returns:
         metrics, and one row per task, context, split and plan, the dense ones first.
@@ -274,46 +285,78 @@ def evaluate_everything(
     Raises:
         InputError, ConfigError: as :func:`check_model`.
     """
-    plans = expand_plans(config["plans"])
+    finished = finished or Finished()
+    support, harness = config["effective_support"], config["harness"]
+    looked_at = 0 if support is None else support["context"] * support["count"]
     metrics: dict[str, Any] = {}
-    support = config["effective_support"]
-    if support is not None:
-        metrics["effective_support"] = _effective_support(model, tasks, support, config["seed"])
-    harness = config["harness"]
-    jobs = [("dense", 0.0, None), *plans]
     written: dict[int, list[str]] = {}
-    rows = []
-    with tqdm(total=len(jobs), desc="plans", disable=None if distributed.is_first() else True) as bar:
-        for name, level, plan in jobs:
-            bar.set_postfix_str(f"{name} {level:g}")
+    rows: list[Row] = []
+    jobs = []
+    for name, level, plan in [("dense", 0.0, None), *expand_plans(config["plans"])]:
+        wanted = [
+            place for place, task in enumerate(tasks) if plan is None or task.levels is None or level in task.levels
+        ]
+        with_harness = harness is not None and (plan is None or level in (harness.get("levels") or [level]))
+        jobs.append((name, level, plan, wanted, with_harness))
+    all_tasks = sum(map(_work, tasks))
+    total = sum(sum(_work(tasks[place]) for place in wanted) + all_tasks * more for *_, wanted, more in jobs)
+    with progress_bar(looked_at + total, "evaluation") as bar:
+        if support is not None:
+            supports = functools.partial(_effective_support, model, tasks, support, config["seed"])
+            metrics["effective_support"] = finished.measure("effective support", supports, bar, looked_at)
+        for name, level, plan, wanted, with_harness in jobs:
             names = {"plan": name, "level": level}
             handle = None if plan is None else sparsify(model, plan, record=True)
             try:
-                for place, task in enumerate(tasks):
-                    if plan is None or task.levels is None or level in task.levels:
-                        rows.append(
-                            {"task": task.name, **names, **_row(model, handle, tokenizer, task, written, place)}
-                        )
-                if harness is not None and (plan is None or level in (harness.get("levels") or [level])):
-                    rows += [{**row, **names} for row in _harness_rows(model, handle, tokenizer, harness)]
+                for place in wanted:
+                    task = tasks[place]
+                    row, texts = finished.measure(
+                        f"{name} {level}, {task.name} {place + 1}",
+                        functools.partial(_row, model, handle, tokenizer, task, written.get(place)),
+                        bar,
+                        _work(task),
+                    )
+                    rows.append({"task": task.name, **names, **row})
+                    if plan is None:
+                        written[place] = texts
+                if with_harness:
+                    # How long its tasks are is not known before: as long as all others, say.
+                    found = finished.measure(
+                        f"{name} {level}, lm-eval",
+                        functools.partial(_harness_rows, model, handle, tokenizer, harness),
+                        bar,
+                        all_tasks,
+                    )
+                    rows += [{**row, **names} for row in found]
             finally:
                 if handle is not None:
                     handle.remove()
-            bar.update()
     return metrics, rows
 
 
-def _row(model: nn.Module, handle: Any, tokenizer: Any, task: Task, written: dict[int, list[str]], place: int) -> Row:
-    """What one task gives under the plan that is in the model; ``written`` keeps what the dense model wrote."""
+def _work(task: Task) -> float:
+    """About how long a task takes, in tokens that are read."""
+    written = max([task.new_tokens or 0, *(_length(one.answer_ids) for one in task.items if task.name == "needle")])
+    return len(task.items) * (task.context + _READ_WHILE_WRITING * written)
+
+
+def _row(
+    model: nn.Module, handle: Any, tokenizer: Any, task: Task, written: Sequence[str] | None
+) -> tuple[Row, list[str] | None]:
+    """What one task gives under the plan that is in the model, and what the model wrote.
+
+    ``written`` is what the dense model wrote; None for the dense model itself.
+    """
     started = time.perf_counter()
+    texts = None
     with SparsityMeter(model, handle) as meter:
         if task.name in ("perplexity", "copy"):
             measured = _loss_measures(model, task)
         elif task.name == "needle":
             measured = _needle_measures(model, task)
         else:
-            measured = _summary_measures(model, tokenizer, task, handle is None, written, place)
-    return {
+            measured, texts = _summary_measures(model, tokenizer, task, written)
+    row = {
         "realised_sparsity": meter.prefill,
         "decode_sparsity": meter.decode,
         "context": task.context,
@@ -322,6 +365,7 @@ def _row(model: nn.Module, handle: Any, tokenizer: Any, task: Task, written: dic
         **measured,
         "seconds": time.perf_counter() - started,
     }
+    return row, texts
 
 
 def _harness_rows(model: nn.Module, handle: Any, tokenizer: Any, settings: Mapping[str, Any]) -> list[Row]:
@@ -370,8 +414,8 @@ def _needle_measures(model: nn.Module, task: Task) -> Row:
 
 
 def _summary_measures(
-    model: nn.Module, tokenizer: Any, task: Task, is_dense: bool, written: dict[int, list[str]], place: int
-) -> Row:
+    model: nn.Module, tokenizer: Any, task: Task, written: Sequence[str] | None
+) -> tuple[Row, list[str]]:
     outputs = _shared(lambda one: greedy_continuation(model, one.input_ids, task.new_tokens), task.items)
     texts = [tokenizer.decode(output.tolist(), skip_special_tokens=True) for output in outputs]
     scores = rouge_l([one.reference for one in task.items], texts)
@@ -380,17 +424,15 @@ def _summary_measures(
         "rouge_l": statistics.fmean(scores),
         "rouge_l_per_item": scores,
     }
-    if is_dense:
-        written[place] = texts
-        return measured
-    return {**measured, "rouge_l_to_dense": statistics.fmean(rouge_l(written[place], texts))}
+    if written is not None:
+        measured["rouge_l_to_dense"] = statistics.fmean(rouge_l(written, texts))
+    return measured, texts
 
 
 def _shared(measure: Callable[..., Any], *items: Sequence[Any]) -> list[Any]:
     """What is measured of every item, in order; the processes of a launcher take turns."""
-    return distributed.in_order(
-        [measure(*(one[turn] for one in items)) for turn in distributed.my_turns(len(items[0]))]
-    )
+    turns = distributed.my_turns(len(items[0]))
+    return distributed.in_order([measure(*(one[turn] for one in items)) for turn in progress(turns, "items")])
 
 
 def _effective_support(

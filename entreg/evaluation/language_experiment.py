@@ -34,6 +34,8 @@ from entreg.evaluation.language_evaluation import (
 from entreg.evaluation.studies import NOT_RECORDED, chosen_device, last_step, scaled_trainer
 from entreg.evaluation.tracked_runs import tracked_run
 from entreg.records.record import config_hash, new_record
+from entreg.runs.directory import RunDirectory
+from entreg.runs.finished import Finished, identity_of
 from entreg.sparse import DecoderSparsity, sparsity_from_mapping
 from entreg.tracking import Tracker, TrackerSettings, track_record, tracker_settings_from_mapping
 from entreg.tracking.attention import AttentionWatch
@@ -98,14 +100,14 @@ class LanguageRun:
         """Method and seed."""
         return f"{self.config['method']} seed {self.config['seed']}"
 
-    def make_record(self, command: str) -> dict[str, Any]:
+    def make_record(self, command: str, directory: RunDirectory) -> dict[str, Any]:
         """See :func:`run_language`.
 
         Raises:
             ConfigError: besides, the device has too little memory.
         """
         try:
-            return run_language(self, command)
+            return run_language(self, command, directory.measures)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"{self.config['model']['name']} in {self.config['model']['dtype']} does not fit into the memory of "
@@ -179,12 +181,13 @@ def limited_evaluation(config: Mapping[str, Any], limits: Mapping[str, Any]) -> 
     return {**config, "tasks": tasks, "plans": chosen, "effective_support": support}
 
 
-def run_language(run: LanguageRun, command: str) -> dict[str, Any]:
+def run_language(run: LanguageRun, command: str, measures: Path | None = None) -> dict[str, Any]:
     """Load, fine-tune and evaluate one model.
 
     Args:
         run: from :func:`plan_run`.
         command: goes into the record.
+        measures: file that keeps what was measured, see :mod:`entreg.runs.finished`; None: nothing is kept.
 
     Returns:
         A run record: one row per task, context, split and plan; ``metrics`` hold training times, the numbers of the
@@ -208,7 +211,8 @@ def run_language(run: LanguageRun, command: str) -> dict[str, Any]:
             prepare_language_training(language.model, run.config["training"]["adaptation"])
             load_model_weights(language.model, trained.checkpoint)
         language.model.to(run.config["device"], getattr(torch, run.config["model"]["dtype"])).eval()
-        measured, rows = evaluate_everything(language.model, language.tokenizer, tasks, evaluation)
+        finished = Finished(None if run.resume is None else measures, lambda: identity_of(run.config, language.model))
+        measured, rows = evaluate_everything(language.model, language.tokenizer, tasks, evaluation, finished=finished)
         metrics = {**metrics, **measured}
         record = _record(run, command, language, corpora, metrics, rows, time.perf_counter() - start)
         track_record(tracker, record)

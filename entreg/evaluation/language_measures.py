@@ -18,6 +18,7 @@ from entreg import distributed
 from entreg.adapters import probe
 from entreg.entropy import attention_row_entropy, effective_support
 from entreg.errors import ConfigError, InputError
+from entreg.progress import progress
 
 _CHUNK_ELEMENTS = 2**24
 """Float32 logits that are held at once: 64 MiB."""
@@ -150,7 +151,7 @@ def row_supports(
     handle = probe(model)
     try:
         total = None
-        for window in windows:
+        for window in progress(windows, "windows"):
             model.base_model(input_ids=window[None].to(device), use_cache=False)
             entropies = [
                 attention_row_entropy(one.queries, one.keys, causal=True, scale=one.scale, query_indices=rows)[0].cpu()

@@ -48,14 +48,11 @@ from entreg.atomic import require_writable
 from entreg.errors import ConfigError, InputError
 from entreg.evaluation.language_candidates import (
     DENSE,
-    DENSE_DECODING,
     FREE_METHOD,
     UNFUSED,
     Cell,
     candidates_of,
     device_memory,
-    steps_of,
-    with_attention,
 )
 from entreg.evaluation.language_speed_settings import (
     cells_of,
@@ -63,10 +60,11 @@ from entreg.evaluation.language_speed_settings import (
     phases_within,
     require_possible_architecture,
 )
-from entreg.evaluation.language_steps import FREE, DecoderSizes
+from entreg.evaluation.language_steps import DecoderSizes
 from entreg.evaluation.regularizer_cost import peak_memory
 from entreg.evaluation.speed_models import amdahl_bound, speed_device
-from entreg.evaluation.timing import Timing, interleaved_timings, warm_up
+from entreg.evaluation.timing import Timing, interleaved_timings
+from entreg.progress import progress, progress_bar
 from entreg.records.record import new_record
 from entreg.records.store import RecordStore
 
@@ -167,7 +165,7 @@ def run_language_speed(
     records = RecordStore(store)
     paths = []
     last: tuple[Any, LanguageModel] | None = None
-    for config in configs:
+    for config in progress(configs, "language models' speed"):
         if force or records.find(EXPERIMENT, config) is None:
             wanted = {key: config[key] for key in ("source", "dtype", "device", "seed")}
             if last is None or last[0] != wanted:
@@ -202,7 +200,6 @@ def run(
             cells = list(cells_of(config["phases"]))
             left_out = _too_large(loaded.model, cells, device)
             kept = [cell for cell in cells if str(cell) not in left_out]
-            _announce(loaded.model, config, kept, device)
             not_run = {"kvpress": _KVPRESS}
             rows = [row for cell in kept for row in measure(loaded.model, cell, config, device, not_run)]
         threads = torch.get_num_threads()
@@ -259,6 +256,9 @@ def measure(
         if config["compilation"] != "none":
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=256))
             torch.compiler.reset()
+        # What is timed is made and checked first, which takes about as long as timing it.
+        bar = stack.enter_context(progress_bar(2, str(cell)))
+        bar.describe(f"{cell}: checks")
         candidates = list(candidates_of(model, cell, config, not_run))
         steps: dict[str, Callable[[], object]] = {one.method: one.step for one in candidates}
         steps |= {_CHOOSING + one.method: one.choosing for one in candidates if one.choosing is not None}
@@ -266,13 +266,16 @@ def measure(
             for one in candidates:
                 for _ in range(_COMPILING_CALLS):
                     one.step()
+        bar.advance()
         synchronize = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None
-        warm = {name: warm_up(step, synchronize) for name, step in steps.items()}
-        loops = {name: count for name, (count, _) in warm.items()}
-        round_seconds = sum(count * seconds for count, seconds in warm.values())
-        rounds = min(config["repeats"], max(_LEAST_ROUNDS, int(config["cell_seconds"] / round_seconds)))
-        _say(f"{cell}: {len(steps)} steps, {rounds} rounds, {_duration(rounds * round_seconds)}")
-        measured = interleaved_timings(steps, repeats=rounds, warmup=0, inner_loops=loops, synchronize=synchronize)
+        measured = interleaved_timings(
+            steps,
+            repeats=config["repeats"],
+            least=min(_LEAST_ROUNDS, config["repeats"]),
+            time_budget=config["cell_seconds"],
+            synchronize=synchronize,
+            title=str(cell),
+        )
         timings = {
             name: Timing(tuple(value / steps[name].tokens_per_call for value in timing.seconds))
             for name, timing in measured.items()
@@ -301,8 +304,8 @@ def measure(
             "seconds": timing.median,
             "seconds_min": timing.minimum,
             "seconds_max": timing.maximum,
-            "rounds": rounds,
-            "calls_per_round": loops[one.method] * one.step.tokens_per_call,
+            "rounds": measured[one.method].rounds,
+            "calls_per_round": measured[one.method].calls * one.step.tokens_per_call,
             "tokens_per_second": tokens / timing.median,
             "peak_bytes": memory[one.method],
             "speedup_over_dense": base / timing.median,
@@ -345,47 +348,3 @@ def _too_large(model: nn.Module, cells: Sequence[Cell], device: torch.device) ->
         if needed > room:
             found[str(cell)] = f"needs about {needed / 2**30:.0f} GiB of {room / 2**30:.0f} GiB"
     return found
-
-
-def _announce(model: nn.Module, config: Mapping[str, Any], cells: Sequence[Cell], device: torch.device) -> None:
-    """Say about how long it will take, from short passes: linear layers grow with tokens, attention with their square.
-
-    A decoding step is taken to be as long as reading weights and cache from memory.
-    """
-    plans = len(config["plans"]) + len(config["rivals"])
-    short = min(256, *(cell.context for cell in cells)) if cells else 256
-    seconds = {}
-    for name, attention, tokens in (("all", "sdpa", short), ("free", FREE, short), ("one", "sdpa", 1)):
-        step = steps_of(model, Cell("prefill", tokens, 1), config)(with_attention(model, attention), "dynamic")
-        step()
-        start = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds[name] = time.perf_counter() - start
-    sizes, total = DecoderSizes.of(model), 0.0
-    for cell in cells:
-        if cell.phase == "prefill":
-            factor = cell.context / short
-            attention = max(seconds["all"] - seconds["free"], 0.0)
-            one = cell.batch * (seconds["free"] * factor + attention * factor**2)
-            count = plans + 4
-        else:
-            share = sizes.cache_bytes(cell.batch * cell.context) / sizes.weight_bytes
-            one = config["tokens_per_call"] * seconds["one"] * (1.0 + share)
-            count = plans + len(DENSE_DECODING) + 1
-        # Checks and warming up take about four calls of each.
-        timed = min(config["repeats"], max(_LEAST_ROUNDS, int(config["cell_seconds"] / (count * one)))) + 4
-        total += timed * count * one
-    _say(
-        f"{EXPERIMENT}: {config['model']}, {config['dtype']}, {config['device']}: {len(cells)} contexts and batches, "
-        f"{_duration(total)}"
-    )
-
-
-def _duration(seconds: float) -> str:
-    return f"about {seconds:.0f} s" if seconds < 120 else f"about {seconds / 60:.0f} min"
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

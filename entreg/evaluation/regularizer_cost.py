@@ -36,8 +36,6 @@ EXPERIMENT = "benchmark/regularizer_cost"
 BLOCK_TOKENS, BLOCK_DIM, BLOCK_HEADS = 197, 768, 12
 HEAD_DIM = 64
 SURROGATES = ("ball", "halfspace", "row_entropy", "key_entropy")
-# A surrogate's pass takes milliseconds, the block's tenths of a second.
-_INNER_LOOPS = 3
 
 Step = Callable[[], object]
 
@@ -183,7 +181,6 @@ def _measure(config: Mapping[str, object], device: torch.device) -> tuple[list[d
     timings = interleaved_timings(
         steps,
         repeats=config["repeats"],
-        inner_loops={name: 1 if name == "block" else _INNER_LOOPS for name in steps},
         synchronize=(lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None,
     )
     block = timings["block"]

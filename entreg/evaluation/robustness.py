@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from entreg.data.corrupted_images import CorruptedSet, Preparation
 from entreg.data.corruptions import (
@@ -26,6 +25,7 @@ from entreg.data.corruptions import (
     require_severity,
 )
 from entreg.errors import InputError
+from entreg.progress import progress
 
 Predict = Callable[[np.ndarray], Any]
 
@@ -154,7 +154,6 @@ def corruption_errors(
     clean: np.ndarray | None = None,
     batch_size: int = 100,
     limit: int | None = None,
-    progress: bool = True,
 ) -> CorruptionErrors:
     """Measure the error on every corruption and severity.
 
@@ -166,7 +165,6 @@ def corruption_errors(
         clean: (n, h, w, c) uint8 clean images of the same labels, for the clean error; None: not measured.
         batch_size: images per call of ``predict``, at least 1.
         limit: the first so many images of each corruption and severity; None for all.
-        progress: whether to show a bar.
 
     Raises:
         InputError: an unknown corruption or severity, nothing to measure, a value out of range, or predictions of
@@ -186,7 +184,7 @@ def corruption_errors(
     clean_error = None if clean is None else error_rate(predict, clean[:limit], labels, batch_size)
     errors: dict[str, dict[int, float]] = {corruption: {} for corruption in wanted}
     cells = [(corruption, severity) for corruption in wanted for severity in levels]
-    for corruption, severity in tqdm(cells, desc="corruptions", disable=not progress):
+    for corruption, severity in progress(cells, "corruptions"):
         images = corrupted.images(corruption, severity)[:limit]
         errors[corruption][severity] = error_rate(predict, images, labels, batch_size)
     return CorruptionErrors(errors, len(labels), clean_error)

@@ -39,8 +39,8 @@ class Run(Protocol):
     @property
     def label(self) -> str: ...
 
-    def make_record(self, command: str) -> dict[str, Any]:
-        """Do the run."""
+    def make_record(self, command: str, directory: RunDirectory) -> dict[str, Any]:
+        """Do the run; what it has measured may be kept in its directory, see :mod:`entreg.runs.finished`."""
         ...
 
 
@@ -184,9 +184,9 @@ def _run_once(
     print(f"run {which}: {run.experiment} {run.label}")
     if attempt is None:
         # The first process of this launcher writes for all of them.
-        return run.make_record(command)
+        return run.make_record(command, directory)
     with directory.attempting(attempt, run.config, command):
-        record = run.make_record(command)
+        record = run.make_record(command, directory)
         if not attempt.is_mine():
             raise BusyError(f"{run.experiment} {run.label} was taken over while this process was suspended.")
         directory.mark_done(records.save(record))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from entreg.evaluation.entropy_budgets import describe_budgets, kept_per_image, 
 from entreg.evaluation.localisation import Overlap, kept_patches, localise, overlap, patch_masks
 from entreg.evaluation.robustness import CorruptionErrors
 from entreg.evaluation.vision_overlays import overlays
+from entreg.progress import Progress, progress_bar
+from entreg.runs.finished import Finished
 from entreg.sparse import Sparsity, TokenSparsity, selection_scores, sparsity_from_mapping
 
 Row = dict[str, Any]
@@ -125,6 +129,7 @@ def evaluate_everything(
     *,
     data: Mapping[str, Any],
     gate: nn.Module | None = None,
+    finished: Finished | None = None,
 ) -> tuple[dict[str, Any], list[Row]]:
     """Measure a model in every way that a configuration asks for.
 
@@ -135,42 +140,63 @@ def evaluate_everything(
         data: the resolved ``data`` part, for corrupted versions of it.
         gate: of a model trained with one; plans with ``score: gate`` are left out without
             its part for their layer.
+        finished: what was measured before, which is not measured again; gets what is measured now.
 
     Returns:
         metrics and one row per split and plan. With corrupted images the metrics are, dense and sparse, the mean
         corruption errors ``mce_...`` (None unless all 15 corruptions were measured at all 5 severities) and
         ``corrupted_error_...``, the mean over those of the 15 that were measured.
     """
-    rows: list[Row] = []
-    plans = [
-        (names, _matched(model, datasets, config, names, mapping))
+    finished = finished or Finished()
+    wanted = [
+        (names, mapping)
         for names, mapping in expand_plans(config["plans"])
         if names["score"] != "gate" or _has_gate(gate, mapping)
     ]
-    for split in config["splits"]:
-        rows.append(_accuracy_row(model, datasets[split], config, {"plan": "dense", **_NO_CHOICE}))
-        for names, plan in plans:
-            rows.append(_accuracy_row(model, datasets[split], config, names, plan, gate))
-        if config["localisation"] is not None:
-            rows += _localisation_rows(model, datasets[split], config)
-        for row in rows:
-            row.setdefault("split", split)
+    splits = {split: _images(datasets[split], config) for split in config["splits"]}
+    fitted = sum(_is_matched(*plan) for plan in wanted) * splits.get("validation", 0)
+    per_split = 1 + len(wanted) + (config["localisation"] is not None)
+    # Corrupted images are those of the test split, or as many as other files hold.
+    corrupted = max(splits.values())
+    cells = 0 if config["robustness"] is None else 2 * len(_cells(config))
+    rows: list[Row] = []
     metrics: dict[str, Any] = {}
-    if config["robustness"] is not None:
-        metrics, corrupted = _robustness(model, config, data)
-        rows += corrupted
-    # Only where the configuration names it: configurations without it have records already.
-    if config.get("overlays") is not None:
-        metrics["overlays"] = overlays(
-            model,
-            datasets["test"],
-            config["overlays"],
-            expand_plans(config["plans"]),
-            precision=config["precision"],
-            gate=gate,
-            **_coverage(config),
-        )
+    with progress_bar(fitted + per_split * sum(splits.values()) + cells * corrupted, "evaluation") as bar:
+        plans = [(names, _matched(model, datasets, config, names, mapping, finished, bar)) for names, mapping in wanted]
+        for split, images in splits.items():
+            found: list[Row] = []
+            for names, plan in [({"plan": "dense", **_NO_CHOICE}, None), *plans]:
+                row = functools.partial(_accuracy_row, model, datasets[split], config, names, plan, gate)
+                found.append(finished.measure(f"{split}, {_words(names)}", row, bar, images))
+            if config["localisation"] is not None:
+                overlaps = functools.partial(_localisation_rows, model, datasets[split], config)
+                found += finished.measure(f"{split}, localisation", overlaps, bar, images)
+            rows += [{**row, "split": split} for row in found]
+        if config["robustness"] is not None:
+            metrics, found = _robustness(model, config, data, corrupted, finished, bar)
+            rows += found
+        # Only where the configuration names it: configurations without it have records already.
+        if config.get("overlays") is not None:
+            shown = functools.partial(
+                overlays,
+                model,
+                datasets["test"],
+                config["overlays"],
+                expand_plans(config["plans"]),
+                precision=config["precision"],
+                gate=gate,
+                **_coverage(config),
+            )
+            metrics["overlays"] = finished.measure("overlays", shown, bar, 0.0)
     return metrics, rows
+
+
+def _words(names: Mapping[str, Any]) -> str:
+    return " ".join(str(value) for value in names.values() if value is not None)
+
+
+def _images(dataset: Any, config: Mapping[str, Any]) -> int:
+    return min(len(dataset), config["limit"] or len(dataset))
 
 
 def _accuracy_row(
@@ -273,39 +299,55 @@ def _localisation_rows(model: nn.Module, dataset: Any, config: Mapping[str, Any]
 
 
 def _robustness(
-    model: nn.Module, config: Mapping[str, Any], data: Mapping[str, Any]
+    model: nn.Module,
+    config: Mapping[str, Any],
+    data: Mapping[str, Any],
+    images: int,
+    finished: Finished,
+    bar: Progress,
 ) -> tuple[dict[str, float | None], list[Row]]:
     """Error on every corruption and severity, dense and under the plan of ``robustness.sparsity``, and its means."""
     settings = config["robustness"]
     rows: list[Row] = []
     metrics: dict[str, float | None] = {}
+    generator = torch.Generator()
+
+    def error_of(corruption: str, severity: int) -> dict[str, Any]:
+        dataset = corrupted_dataset(data, corruption, severity, limit=config["limit"])
+        found = evaluate(model, dataset, generator=generator, **_loader(config))
+        return {"error": 1.0 - found.top1, "images": len(dataset)}
+
     for setting, mapping in (("dense", None), ("sparse", settings["sparsity"])):
-        handle = None if mapping is None else sparsify(model, sparsity_from_mapping(mapping))
+        plan = sparsity_from_mapping(mapping) if mapping is not None else None
+        handle = None if plan is None else sparsify(model, plan, generator=generator)
         errors: dict[str, dict[int, float]] = {}
         try:
-            for corruption in _corruptions(config):
-                for severity in settings["severities"]:
-                    dataset = corrupted_dataset(data, corruption, severity, limit=config["limit"])
-                    error = 1.0 - evaluate(model, dataset, **_loader(config)).top1
-                    errors.setdefault(corruption, {})[severity] = error
-                    rows.append(
-                        {
-                            **_NO_CHOICE,
-                            "plan": "robustness",
-                            "split": "test",
-                            "setting": setting,
-                            "corruption": corruption,
-                            "severity": severity,
-                            "error": error,
-                        }
-                    )
+            for corruption, severity in _cells(config):
+                error = functools.partial(error_of, corruption, severity)
+                found = finished.measure(f"{setting}, {corruption} {severity}", error, bar, images)
+                errors.setdefault(corruption, {})[severity] = found["error"]
+                rows.append(
+                    {
+                        **_NO_CHOICE,
+                        "plan": "robustness",
+                        "split": "test",
+                        "setting": setting,
+                        "corruption": corruption,
+                        "severity": severity,
+                        "error": found["error"],
+                    }
+                )
         finally:
             if handle is not None:
                 handle.remove()
-        measured = CorruptionErrors(errors, num_images=len(dataset))
+        measured = CorruptionErrors(errors, num_images=found["images"])
         metrics[f"mce_{setting}"] = measured.mean_corruption_error if measured.is_complete else None
         metrics[f"corrupted_error_{setting}"] = measured.mean()
     return metrics, rows
+
+
+def _cells(config: Mapping[str, Any]) -> list[tuple[str, int]]:
+    return [(name, severity) for name in _corruptions(config) for severity in config["robustness"]["severities"]]
 
 
 def _corruptions(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -322,12 +364,21 @@ def _matched(
     config: Mapping[str, Any],
     names: Mapping[str, Any],
     mapping: Mapping[str, Any],
+    finished: Finished,
+    bar: Progress,
 ) -> Sparsity | None:
     """The plan of a mapping, an entropy budget that has a level fitted to it."""
     plan = sparsity_from_mapping(mapping)
     if not _is_matched(names, mapping):
         return plan
-    return match_sparsity(model, datasets["validation"], plan, names["level"], **_loader(config))
+
+    def multiplier() -> float:
+        fitted = match_sparsity(model, datasets["validation"], plan, names["level"], **_loader(config))
+        return fitted.entropy_budget.multiplier
+
+    images = _images(datasets["validation"], config)
+    found = finished.measure(f"fitting {_words(names)}", multiplier, bar, images)
+    return replace(plan, entropy_budget=replace(plan.entropy_budget, multiplier=found))
 
 
 def _has_gate(gate: nn.Module | None, mapping: Mapping[str, Any]) -> bool:

@@ -25,6 +25,8 @@ from entreg.evaluation.studies import NOT_RECORDED, chosen_device, last_step, sc
 from entreg.evaluation.tracked_runs import track_overlays, tracked_run
 from entreg.evaluation.vision_evaluation import check_evaluation, evaluate_everything, open_datasets
 from entreg.records.record import config_hash, new_record
+from entreg.runs.directory import RunDirectory
+from entreg.runs.finished import Finished, identity_of
 from entreg.sparse import sparsity_from_mapping
 from entreg.tracking import Tracker, TrackerSettings, track_record, tracker_settings_from_mapping
 from entreg.tracking.attention import AttentionWatch
@@ -71,9 +73,9 @@ class VisionRun:
         base = {**self.config["base"], "trainer": _settings(self, "base").deciding()}
         return {**{key: self.config[key] for key in ("data", "model", "seed", "device")}, "base": base}
 
-    def make_record(self, command: str) -> dict[str, Any]:
+    def make_record(self, command: str, directory: RunDirectory) -> dict[str, Any]:
         """See :func:`run_vision`."""
-        return run_vision(self, command)
+        return run_vision(self, command, directory.measures)
 
 
 def plan_run(config: Mapping[str, Any]) -> VisionRun:
@@ -107,12 +109,13 @@ def plan_run(config: Mapping[str, Any]) -> VisionRun:
     return run
 
 
-def run_vision(run: VisionRun, command: str) -> dict[str, Any]:
+def run_vision(run: VisionRun, command: str, measures: Path | None = None) -> dict[str, Any]:
     """Train and evaluate one run.
 
     Args:
         run: from :func:`plan_run`.
         command: goes into the record.
+        measures: file that keeps what was measured, see :mod:`entreg.runs.finished`; None: nothing is kept.
 
     Returns:
         A run record: one row per split and plan; ``metrics`` hold training times and the numbers of the last step.
@@ -125,8 +128,9 @@ def run_vision(run: VisionRun, command: str) -> dict[str, Any]:
     with tracked_run(run) as tracker:
         gate, metrics = _train_further(run, model, datasets, tracker)
         model.to(device).eval()
+        finished = Finished(None if run.resume is None else measures, lambda: identity_of(run.config, model, gate))
         evaluation, rows = evaluate_everything(
-            model, datasets, run.config["evaluation"], data=run.config["data"], gate=gate
+            model, datasets, run.config["evaluation"], data=run.config["data"], gate=gate, finished=finished
         )
         metrics = {"base_seconds": base_seconds, **metrics, **evaluation}
         record = _record(run, command, model, metrics, rows, time.perf_counter() - start)

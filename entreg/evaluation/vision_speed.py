@@ -3,7 +3,7 @@
 The four cells are dense and sparse, each with unfused attention (explicit products, as before FlashAttention) and
 with torch's fused attention. All candidates of a batch size run in turn in every round of one process, forward passes
 from images to logits, so what a plan costs (scores, gathers, merges) is in its time. Beside each measured speed-up
-stands what Amdahl's law allows: for the attention products alone, and for everything that the plan shrinks.
+stands what Amdahl's law allows for the attention products alone, and what time in proportion to all work would give.
 
 Weights are random: they decide accuracy, not speed. Accuracies at the same plans come from the trained models of the
 vision experiments.
@@ -50,7 +50,8 @@ from entreg.evaluation.speed_models import (
     without_attention,
     without_blocks,
 )
-from entreg.evaluation.timing import Timing, interleaved_timings, warm_up
+from entreg.evaluation.timing import Timing, interleaved_timings
+from entreg.progress import progress
 from entreg.records.record import new_record
 from entreg.records.store import RecordStore
 from entreg.sparse import ColumnSparsity, recorded_kernels, sparsity_from_mapping
@@ -156,7 +157,7 @@ def run_vision_speed(
     require_writable(store)
     records = RecordStore(store)
     paths = []
-    for config in configs:
+    for config in progress(configs, "vision models' speed"):
         if force or records.find(EXPERIMENT, config) is None:
             records.save(run(config, command=command, scale=profile["name"]))
         paths.append(records.path_for(EXPERIMENT, config))
@@ -221,8 +222,7 @@ def measure(model: nn.Module, batch: int, config: Mapping[str, Any], device: tor
         for part, variant in ((_FREE, without_attention(model)), (_REST, without_blocks(model))):
             steps[part] = _forward(variant, images, config["compilation"], True)
         synchronize = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None
-        loops = {name: warm_up(step, synchronize)[0] for name, step in steps.items()}
-        timings = interleaved_timings(steps, repeats=config["repeats"], inner_loops=loops, synchronize=synchronize)
+        timings = interleaved_timings(steps, repeats=config["repeats"], synchronize=synchronize)
         memory = {
             name: peak_memory(one.step, device) if device.type == "cuda" else None for name, one in candidates.items()
         }
@@ -242,7 +242,7 @@ def measure(model: nn.Module, batch: int, config: Mapping[str, Any], device: tor
             "seconds_min": timings[name].minimum,
             "seconds_max": timings[name].maximum,
             "rounds": config["repeats"],
-            "calls_per_round": loops[name],
+            "calls_per_round": timings[name].calls,
             "images_per_second": batch / timings[name].median,
             "peak_bytes": memory[name],
             **_comparison(one, name, timings, Geometry.of(model)),
@@ -252,9 +252,11 @@ def measure(model: nn.Module, batch: int, config: Mapping[str, Any], device: tor
 
 
 def _comparison(one: Candidate, name: str, timings: Mapping[str, Timing], sizes: Geometry) -> dict[str, float]:
-    """Speed-ups over both dense cells, shares of the dense time, and Amdahl's bounds on the gain over that cell.
+    """Speed-ups over both dense cells, shares of the dense time, and what smaller work allows.
 
-    The bounds are on the speed-up over the dense cell with the same kind of attention.
+    ``bound_attention_alone`` is Amdahl's bound on leaving out score entries; ``bound`` is the speed-up if the time of
+    the layers shrank in proportion to their tokens as well, which is a bound only where no token is left out: smaller
+    products may take less time each. Both are over the dense cell with the same kind of attention.
     """
     seconds = timings[name].median
     dense = timings[_key("dense", one.fused)].median

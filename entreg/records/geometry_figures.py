@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,11 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "jitter, no learning": ("jitter",),
 }
 
-# Errors at or below this are drawn at the left edge.
-_SMALLEST_ERROR = 1e-5
+# Errors at or below this are drawn left of it, a column for each group.
+_SMALLEST_ERROR, _LARGEST_ERROR = 1e-5, 2.0
+_COLUMN = 0.4  # width of such a column, in decades
+# What a marker takes of a panel's width and height.
+_MARKER_WIDTH, _MARKER_HEIGHT = 0.021, 0.022
 
 
 @register_figure("geometry-net-tradeoff", experiments=EXPERIMENTS)
@@ -48,43 +52,81 @@ def tradeoff(records: Records) -> Figure | None:
     present = [experiment for experiment, study in studies.items() if study.sizes]
     if not present:
         return None
-    figure, grid = new_figure(1, len(present), width=4.6 * len(present), height=4.9, squeeze=False, sharey=True)
+    from matplotlib.patches import Patch
+
+    figure, grid = new_figure(1, len(present), width=4.9 * len(present), height=5.2, squeeze=False, sharey=True)
     styles = method_styles(list(_GROUPS))
+    found = {
+        experiment: {
+            name: [point for method in methods for point in _points(studies[experiment], method)]
+            for name, methods in _GROUPS.items()
+        }
+        for experiment in present
+    }
+    heights = [y for groups in found.values() for points in groups.values() for _, y in points]
+    low, high = min([*heights, 0.5]) / 1.4, max([*heights, 5.0]) * 1.4
+    left = _SMALLEST_ERROR * 10 ** (-_COLUMN * (len(_GROUPS) + 1))
+    claim = Patch(color="#F0E442", alpha=0.6, linewidth=0, label="the paper's claim")
     handles: dict[str, Any] = {}
     for axes, experiment in zip(grid[0], present, strict=True):
-        study = studies[experiment]
         axes.axhline(1.0, color="#555555", linewidth=0.8)
-        axes.fill_between([_SMALLEST_ERROR / 3, 0.002], 4.0, 5.0, color="#F0E442", alpha=0.6, linewidth=0)
-        axes.text(1.2e-4, 4.45, "the paper's claim", ha="center", va="center", fontsize=8, color="#555555")
-        for place, (name, methods) in enumerate(_GROUPS.items()):
-            style = styles[name]
-            points = [point for method in methods for point in _points(study, method)]
-            if points:
-                x, y = np.array(points).T
-                # Without error all would lie on one line: side by side in the order of the legend instead.
-                beside = _SMALLEST_ERROR * 10 ** (0.09 * (place - 0.5 * len(_GROUPS)))
-                marks = axes.scatter(
-                    np.where(x > _SMALLEST_ERROR, x, beside),
-                    y,
-                    s=34,
-                    color=style["color"],
-                    marker=style["marker"],
-                    alpha=0.8,
-                    linewidths=0,
-                    zorder=3,
-                )
-                handles.setdefault(name, marks)
+        axes.axvline(_SMALLEST_ERROR, color="#555555", linewidth=0.8, linestyle=":")
+        axes.fill_between([left, 0.002], 4.0, 5.0, color="#F0E442", alpha=0.6, linewidth=0)
         axes.set_xscale("log")
-        axes.set_xlim(_SMALLEST_ERROR / 3, 1.0)
-        ticks = [_SMALLEST_ERROR, 1e-4, 1e-3, 1e-2, 1e-1, 1.0]
-        axes.set_xticks(ticks, ["≤ 0.001 %", "0.01 %", "0.1 %", "1 %", "10 %", ""])
-        axes.xaxis.minorticks_off()
+        axes.set_xlim(left, _LARGEST_ERROR)
         axes.set_title(TITLES[experiment])
         axes.set_xlabel("Delaunay edges lost" if experiment.endswith("triangulation") else "relative area error")
         axes.set_ylabel(f"speed-up over {BASELINES[experiment]}")
         _ratio_scale(axes)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+        axes.set_ylim(low, high)
+        places = _side_by_side(found[experiment], left, np.log10(_LARGEST_ERROR / left), np.log10(high / low))
+        for name, points in places.items():
+            marks = axes.scatter(
+                *np.array(points).T,
+                s=30,
+                color=styles[name]["color"],
+                marker=styles[name]["marker"],
+                linewidths=0,
+                zorder=3,
+            )
+            handles.setdefault(name, marks)
+        middle = float(np.sqrt(left * _SMALLEST_ERROR))
+        axes.set_xticks([middle, 1e-4, 1e-3, 1e-2, 1e-1, 1.0], ["≤ 0.001 %", "0.01 %", "0.1 %", "1 %", "10 %", "100 %"])
+        axes.xaxis.minorticks_off()
+    figure.legend([*handles.values(), claim], [*handles, claim.get_label()], loc="outside lower center", ncols=5)
     return figure
+
+
+def _side_by_side(
+    groups: Mapping[str, list[tuple[float, float]]], left: float, width: float, height: float
+) -> dict[str, list[tuple[float, float]]]:
+    """Places of the points, none over another: what would be covered moves aside, never up or down.
+
+    Args:
+        groups: error and speed-up of each point by group. Those with hardly an error stand in their group's column.
+        left: smallest error that the panel shows.
+        width: decades of errors that it shows.
+        height: decades of speed-ups.
+    """
+    across, upwards = width * _MARKER_WIDTH, height * _MARKER_HEIGHT
+    taken: list[tuple[float, float]] = []
+    places: dict[str, list[tuple[float, float]]] = {}
+    for number, (name, points) in enumerate(groups.items()):
+        for error, speedup in sorted(points, key=lambda point: (point[0] > _SMALLEST_ERROR, point[1])):
+            is_exact = error <= _SMALLEST_ERROR
+            column = left * 10 ** (_COLUMN * (number + 1))
+            low, high = (left, _SMALLEST_ERROR) if is_exact else (_SMALLEST_ERROR, _LARGEST_ERROR)
+            x, low, high = (np.log10(one) / across for one in (column if is_exact else error, low, high))
+            y = np.log10(speedup) / upwards
+            x = next(
+                one
+                for step in itertools.count(0.0, 0.25)
+                for one in (x + step, x - step)
+                if low + 0.6 < one < high - 0.6 and all((one - a) ** 2 + (y - b) ** 2 >= 1.0 for a, b in taken)
+            )
+            taken.append((x, y))
+            places.setdefault(name, []).append((10 ** (x * across), speedup))
+    return places
 
 
 def _ratio_scale(axes: Axes) -> None:

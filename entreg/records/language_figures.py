@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from entreg.records.figures import PALETTE, new_figure, register_figure
@@ -35,11 +36,16 @@ Records = list[dict[str, Any]]
 Line = list[tuple[float, float]]
 
 OURS_COLOR, GREY = PALETTE[0], PALETTE[7]
-# The default plan is blue and what bounds it grey; variants of it, and other plans, take these in their order.
+# The default plan is blue, dense models and plans that know the exact scores grey; variants of the default, and other
+# plans, take these in their order.
+_DEFAULT_MARKERS = ("o", "d", "H", "8")
+_GREY_MARKERS = ("x", "+", "s", "^", "D", "v", "*", "p")
 _NAMED = {"window": (PALETTE[1], "s"), "pooled": (PALETTE[2], "^"), "sampled": (PALETTE[4], "D")}
 _VARIANTS = ((PALETTE[5], "v"), (PALETTE[8], "P"), (PALETTE[11], "X"))
 _OTHERS = ((PALETTE[3], "<"), (PALETTE[9], ">"), (PALETTE[10], "p"), (PALETTE[6], "h"))
+_BOUND = {"linestyle": (0, (4, 3)), "marker": "_", "markersize": 9, "markeredgewidth": 2.0, "zorder": 2}
 _MOST_ROWS = 3
+_KEY = 1.09  # where a line's marker stands beside its name, in widths of a panel
 _LINE = 0.062  # height of a line of text, in heights of a panel
 _SUPPORT_TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000)
 # Task of a quality panel: words of its axis, where the axis turns logarithmic (the project's aim), and its ticks.
@@ -126,7 +132,7 @@ def speed_figure(records: Records) -> Figure | None:
             lines = _speed_lines(cells)
             _lines(panel, lines, looks)
             for method, line in _bounds(cells).items():
-                panel.plot(*zip(*line, strict=True), color=looks[method]["color"], linestyle=(0, (4, 3)), zorder=2)
+                panel.plot(*zip(*line, strict=True), color=looks[method]["color"], **_BOUND)
             panel.axhline(1.0, color="#444444", linewidth=1.0, zorder=1)
             contexts = sorted({cell.context for cell in cells})
             panel.set_xscale("log", base=2)
@@ -225,7 +231,7 @@ def training_figure(records: Records) -> Figure | None:
         for place, (method, found) in enumerate(gains.items()):
             # Side by side, so that intervals can be told apart.
             places = [100 * level + 0.35 * (place - (len(gains) - 1) / 2) for level in found]
-            axes.plot(places, [one.mean for one in found.values()], **looks[method])
+            axes.plot(places, [one.mean for one in found.values()], label=method_label(method), **looks[method])
             for x, one in zip(places, found.values(), strict=True):
                 if one.interval is not None:
                     axes.plot([x, x], one.interval, color=looks[method]["color"], linewidth=1.0, zorder=2)
@@ -255,21 +261,34 @@ def _gains(study: LanguageStudy, plan: str) -> dict[str, dict[float, Estimate]]:
 
 
 def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker per plan: the default one blue, oracles and dense grey, others their own or the next."""
-    looks, free = {}, {OURS: list(_VARIANTS), "others": [*_OTHERS, *_VARIANTS]}
+    """Colour, marker and line style per plan, no two alike."""
+    variants, others = _with_styles(_VARIANTS), _with_styles((*_OTHERS, *_VARIANTS))
+    defaults = _with_styles([(OURS_COLOR, marker) for marker in _DEFAULT_MARKERS])
+    greys = _with_styles([(GREY, marker) for marker in _GREY_MARKERS])
     named = dict(_NAMED)
+    looks: dict[str, dict[str, Any]] = {}
+    taken: set[tuple[str, str, Any]] = set()
     for name in names:
         first = name.partition("_")[0]
         if is_default(name):
-            looks[name] = {"color": OURS_COLOR, "marker": "o", "linewidth": 2.4, "zorder": 4}
+            source, widths = defaults, {"linewidth": 2.4, "zorder": 4}
         elif first in (*ORACLES, DENSE):
-            looks[name] = {"color": GREY, "marker": "x", "linewidth": 1.2, "zorder": 2}
+            source, widths = greys, {"linewidth": 1.2, "zorder": 2}
         else:
-            group = free[OURS if first == OURS else "others"]
-            # More plans than looks: the last one serves them all.
-            color, marker = named.pop(first, None) or (group.pop(0) if len(group) > 1 else group[0])
-            looks[name] = {"color": color, "marker": marker, "linewidth": 1.4, "zorder": 3}
+            source, widths = variants if first == OURS else others, {"linewidth": 1.4, "zorder": 3}
+        own = named.pop(first, None)
+        look = (*own, "-") if own is not None else next(one for one in source if one not in taken)
+        taken.add(look)
+        color, marker, linestyle = look
+        looks[name] = {"color": color, "marker": marker, "linestyle": linestyle, **widths}
     return looks
+
+
+def _with_styles(looks: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str, Any]]:
+    """Colours and markers with a solid line, then, for as long as it takes, with other ones."""
+    for style in itertools.chain(["-"], ((0, (length, 2)) for length in itertools.count(6))):
+        for color, marker in looks:
+            yield color, marker, style
 
 
 def _lines(axes: Axes, lines: Mapping[str, Line], looks: Mapping[str, Mapping[str, Any]]) -> None:
@@ -283,7 +302,7 @@ def _label_ends(
     looks: Mapping[str, Mapping[str, Any]],
     label: Callable[[str], str] = plan_label,
 ) -> None:
-    """Names at the right end of the lines, moved apart where they would overlap."""
+    """Names at the right of the panel, in the order of the lines' ends and joined with them, none over another."""
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     to_axes = axes.transScale + axes.transLimits
@@ -298,14 +317,26 @@ def _label_ends(
         ceiling = places[index] - _LINE
     for (_, name), place in zip(ends, places, strict=True):
         method = name.removesuffix(" bound")
-        words = "Amdahl's bound" if method != name else label(name)
+        color = looks[method]["color"]
+        marker = looks[method]["marker"] if method == name else _BOUND["marker"]
+        axes.plot([_KEY], [place], transform=axes.transAxes, clip_on=False, color=color, marker=marker)
         axes.annotate(
-            words,
-            (1.015, place),
+            label(name) if method == name else f"Amdahl's bound of {label(method)}",
+            (_KEY + 0.025, place),
             xycoords="axes fraction",
             va="center",
             fontsize=8.5,
-            color=looks[method]["color"],
+            color=color,
             fontweight="bold" if method == name and is_default(name) else "normal",
             annotation_clip=False,
+        )
+        # To the marker beside the words, not to the words: where they begin differs from panel to panel.
+        axes.annotate(
+            "",
+            lines[name][-1],
+            (_KEY - 0.015, place),
+            textcoords="axes fraction",
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3},
+            annotation_clip=False,
+            zorder=1,
         )

@@ -2,6 +2,7 @@
 
 - :mod:`entreg.runs.lock`: who does a piece of work, on one machine or on several with a shared file system.
 - :mod:`entreg.runs.directory`: what a run leaves beside its record: log, attempts, ``DONE`` or ``FAILED``.
+- :mod:`entreg.runs.finished`: what a run has measured before it was killed.
 - :mod:`entreg.runs.sweep`: which jobs a command stands for, and what became of them.
 - :mod:`entreg.runs.status`: that as a table.
 

@@ -1,8 +1,9 @@
 """What a run leaves beside its record: what it said, who tried it when, and how it ended.
 
 ``<store>/<experiment>-<hash of the configuration>/`` holds ``config.json``, ``log.txt`` (everything the run printed,
-and the traceback of what ended it, attempt after attempt), ``attempts/`` (see :mod:`entreg.runs.lock`) and ``DONE`` or
-``FAILED``. The record itself is what counts: a run is done if and only if its record is in the store.
+and the traceback of what ended it, attempt after attempt), ``attempts/`` (see :mod:`entreg.runs.lock`),
+``measures.json`` (see :mod:`entreg.runs.finished`) and ``DONE`` or ``FAILED``. The record itself is what counts: a run
+is done if and only if its record is in the store.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from entreg.errors import BusyError, EntregError, OutputError
 from entreg.records.record import config_hash, to_plain
 from entreg.runs.lock import Attempt, Lock, taken_over
 
-DONE, FAILED, LOG, CONFIG = "DONE", "FAILED", "log.txt", "config.json"
+DONE, FAILED, LOG, CONFIG, MEASURES = "DONE", "FAILED", "log.txt", "config.json", "measures.json"
 DEFECT = "defect: "
 """Begins what is said of an exception that no user can act on."""
 
@@ -48,6 +49,11 @@ class RunDirectory:
         """Everything that the run printed."""
         return self.path / LOG
 
+    @property
+    def measures(self) -> Path:
+        """What the run has measured so far, while it is not done; see :mod:`entreg.runs.finished`."""
+        return self.path / MEASURES
+
     def failure(self, since: float | None = None) -> str | None:
         """What ended the newest attempt, see :func:`described`, or None if it did not fail.
 
@@ -69,7 +75,8 @@ class RunDirectory:
             OutputError: it cannot be written.
         """
         write_text_atomic(self.path / DONE, f"{record}\n")
-        (self.path / FAILED).unlink(missing_ok=True)
+        for path in (self.path / FAILED, self.measures):
+            path.unlink(missing_ok=True)
 
     def confirm_done(self, record: Path) -> None:
         """Write ``DONE`` where whoever saved the record was killed before.

@@ -28,6 +28,7 @@ from entreg.runs.directory import described
 from entreg.runs.sweep import Job, Sweep
 
 _BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+_ONE_AFTER_THE_OTHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 _NOT_IDENTITY = (
     *("-m", "--multirun", "launcher=", "hydra/launcher=", "hydra.launcher.", "hydra.verbose=", "hydra.callbacks."),
     *("hydra.sweeper.n_trials=", "force=", "tracker=", "tracker."),
@@ -147,6 +148,11 @@ class Task:
 def is_multirun() -> bool:
     """Whether the call is one of Hydra's many."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def is_parallel() -> bool:
+    """Whether the call is one of many that may run at the same time and print to the same terminal."""
+    return is_multirun() and HydraConfig.get().launcher._target_ != _ONE_AFTER_THE_OTHER
 
 
 def needs_value() -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 from entreg.errors import RecordError, first_line
+from entreg.progress import duration
 from entreg.records.formatting import number
 from entreg.runs.directory import DEFECT
 from entreg.runs.objective import Objective
@@ -103,13 +104,6 @@ def time_left(runs: Sequence[RunStatus]) -> float | None:
     waiting = sum(run.state in ("queued", "interrupted") for run in runs)
     # A run that goes on is, on average, half done.
     return (waiting + running / 2) * fmean(took) / running if took and running else None
-
-
-def duration(seconds: float) -> str:
-    """``41 s``, ``3 min`` or ``2.5 h``."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def wait_for_others(sweep: Sweep) -> bool:

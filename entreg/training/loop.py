@@ -20,12 +20,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from tqdm import tqdm
 
 from entreg.adapters.timm_path import SparseBlocks
 from entreg.atomic import require_writable
 from entreg.distributed import is_first
 from entreg.errors import AssetError, ConfigError, InputError, TrainingError
+from entreg.progress import Progress, progress_bar
 from entreg.runs.lock import exclusive
 from entreg.training.batches import (
     Mixing,
@@ -263,15 +263,7 @@ class _Run:
         model = state.model if alone else accelerator.prepare_model(state.model)
         state.model.train()
         self.began = time.perf_counter() - state.seconds
-        with tqdm(
-            total=settings.steps,
-            initial=state.done,
-            desc=self.directory.name[:40],
-            unit="step",
-            mininterval=1.0,
-            # One process draws it for all.
-            disable=not accelerator.is_main_process,
-        ) as bar:
+        with progress_bar(settings.steps, f"training {self.directory.name[:40]}", done=state.done) as bar:
             try:
                 with loading_errors():
                     self._take_steps(model, batches, bar)
@@ -279,7 +271,7 @@ class _Run:
                 kept = f"the last good checkpoint is {self.last_good}" if self.last_good else "no checkpoint yet"
                 raise type(error)(f"Training stopped: {str(error).rstrip('.')}; {kept}.") from error
 
-    def _take_steps(self, model: nn.Module, batches: Iterator[Mapping[str, Any]], bar: tqdm) -> None:
+    def _take_steps(self, model: nn.Module, batches: Iterator[Mapping[str, Any]], bar: Progress) -> None:
         state, settings = self.state, self.settings
         for step in range(state.done, settings.steps):
             self._step(model, batches, step)
@@ -290,7 +282,7 @@ class _Run:
             state.seconds = time.perf_counter() - self.began
             if self._due(settings.checkpoint_every, state.done):
                 self._save()
-            bar.update()
+            bar.advance()
 
     def _step(self, model: nn.Module, batches: Iterator[Mapping[str, Any]], step: int) -> None:
         state, settings = self.state, self.settings
@@ -354,7 +346,7 @@ class _Run:
     def _due(self, every: int | None, done: int) -> bool:
         return done == self.settings.steps or (every is not None and done % every == 0)
 
-    def _report(self, bar: tqdm) -> None:
+    def _report(self, bar: Progress) -> None:
         """After a step: the row of the log and the evaluation, where they are due."""
         state, settings = self.state, self.settings
         evaluated: dict[str, float] = {}
@@ -368,7 +360,7 @@ class _Run:
             self.log.append(row)
             if self.tracker is not None:
                 self.tracker.log(row, state.done)
-            bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
+            bar.describe(f"step {state.done} of {settings.steps}, loss {row['loss']:.4f}")
 
     def _evaluated(self) -> dict[str, float]:
         with self._judged() as model:

@@ -204,7 +204,7 @@ class StubBody(nn.Module):
 
 def measured(model, task):
     with SparsityMeter(model, None):
-        return language_evaluation._row(model, None, Words(), task, {}, 0)
+        return language_evaluation._row(model, None, Words(), task, None)[0]
 
 
 def test_the_harness_runs_dense_and_under_its_levels(model, monkeypatch):
@@ -277,13 +277,12 @@ def test_summaries_are_compared_with_references_and_with_the_dense_model():
     # After 5 comes 6, then 7, then 8; references in words.
     items = [SummaryTask(torch.tensor([5, 6, 7, 8, 9, 5]), "word6 word7 word9 word9")]
     task = Task("summary", "test", 16, items, new_tokens=3)
-    written = {}
-    dense = language_evaluation._row(Stub(), None, Words(), task, written, 0)
+    dense, written = language_evaluation._row(Stub(), None, Words(), task, None)
     # Written: 6 7 8. Two of three and of four: F1 = 2 * (2/3) * (2/4) / (2/3 + 2/4).
     assert dense["rouge_l"] == pytest.approx(400 / 7)
     assert "rouge_l_to_dense" not in dense
     handle = SimpleNamespace(selections=[SimpleNamespace(plan=SimpleNamespace(sparsity=0.5))], depth=2)
-    sparse = language_evaluation._row(Stub(blind_before=9), handle, Words(), task, written, 0)
+    sparse, _ = language_evaluation._row(Stub(blind_before=9), handle, Words(), task, written)
     # It cannot see the pairs and writes zeros.
     assert sparse["rouge_l"] == sparse["rouge_l_to_dense"] == 0.0
     assert sparse["tokens"] == 3

@@ -9,6 +9,7 @@ from entreg.errors import ConfigError
 from entreg.evaluation import language_experiment
 from entreg.evaluation.language_experiment import LanguageRun, limited_evaluation
 from entreg.evaluation.language_report import with_ratios
+from entreg.runs.directory import RunDirectory
 
 EVALUATION = {
     "seed": 0,
@@ -84,7 +85,7 @@ def test_too_little_memory_is_one_sentence(tmp_path, monkeypatch):
 
     monkeypatch.setattr(language_experiment, "run_language", no_memory)
     with pytest.raises(ConfigError, match="does not fit into the memory") as caught:
-        run(tmp_path).make_record("x")
+        run(tmp_path).make_record("x", RunDirectory(tmp_path))
     assert "\n" not in str(caught.value)
 
 

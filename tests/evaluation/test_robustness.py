@@ -124,7 +124,7 @@ def first_wrong(labels):
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
 def test_every_cell_is_measured_on_its_own_images(batch_size):
     labels = np.arange(40) % 10
-    errors = corruption_errors(first_wrong(labels), Coded(labels), batch_size=batch_size, progress=False)
+    errors = corruption_errors(first_wrong(labels), Coded(labels), batch_size=batch_size)
     assert list(errors.errors) == list(ALL_CORRUPTIONS)
     for place, name in enumerate(ALL_CORRUPTIONS):
         assert errors.errors[name] == {severity: (place + severity) / 40 for severity in (1, 2, 3, 4, 5)}
@@ -140,7 +140,7 @@ def test_every_answer_of_an_image_counts():
         answers[:, 1] += 1
         return answers
 
-    errors = corruption_errors(predict, Coded(labels), corruptions=["fog"], severities=[2, 5], progress=False)
+    errors = corruption_errors(predict, Coded(labels), corruptions=["fog"], severities=[2, 5])
     assert errors.errors == {"fog": {2: 0.25, 5: 0.25}}
 
 
@@ -156,7 +156,6 @@ def test_limit_and_clean_images_are_honoured():
         severities=[5],
         clean=clean,
         limit=20,
-        progress=False,
     )
     assert errors.errors == {"gaussian_noise": {5: 5 / 20}}
     assert (errors.clean_error, errors.num_images) == (0.5, 20)
@@ -182,7 +181,7 @@ def test_bad_requests_are_refused_before_anything_is_measured(keywords, match):
         pytest.fail("measured")
 
     with pytest.raises(InputError, match=match):
-        corruption_errors(predict, corrupted, progress=False, **keywords)
+        corruption_errors(predict, corrupted, **keywords)
 
 
 def test_predictions_must_have_the_shape_of_the_labels():
@@ -216,7 +215,7 @@ def test_predictor_prepares_images_and_answers_with_the_first_tokens(tmp_path):
     )
     prepare = preparation_of(scenes)
     measured = corruption_errors(
-        predictor(Tokens(), prepare, num_answers=4), corrupted, corruptions=["fog"], severities=[1], progress=False
+        predictor(Tokens(), prepare, num_answers=4), corrupted, corruptions=["fog"], severities=[1]
     )
     images = corrupted.images("fog", 1)[..., 0] / 255.0 > scenes.mean
     counts = images.reshape(12, 2, 24, 2, 24).sum(axis=(2, 4)).reshape(12, 4)

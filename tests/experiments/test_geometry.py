@@ -10,6 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from entreg.cli import CONFIGS
 from entreg.errors import ConfigError
+from entreg.evaluation import geometry_experiment
 from entreg.evaluation.geometry_experiment import experiment_configs, measure_methods, plan_runs
 from entreg.evaluation.geometry_methods import PROBLEMS, Answer, Method
 from entreg.evaluation.geometry_report import report
@@ -169,11 +170,23 @@ def test_a_method_that_fails_keeps_its_row_and_the_reason():
     assert failures["bad"].startswith("Qhull failed")
 
 
-def test_a_first_round_beyond_the_budget_is_the_measurement():
-    calls = []
-    methods = {"slow": Method("baseline", lambda: calls.append(1) or Answer(np.arange(3)))}
-    seconds, _, _ = measure_methods(methods, repeats=5, time_budget=0.0)
-    assert len(seconds["slow"]) == len(calls) == 1
+def test_a_killed_run_goes_on_behind_the_sizes_that_it_has_finished(tmp_path, monkeypatch):
+    (run,) = planned("profile=smoke", "experiment=geometry/hull", "distributions=[square]", "sizes=[100,200,300]")
+    stock, measured, limit = geometry_experiment._rows, [], [2]
+
+    def counted(run, problem, methods, points):
+        if len(measured) == limit[0]:
+            raise KeyboardInterrupt
+        measured.append(len(points))
+        return stock(run, problem, methods, points)
+
+    monkeypatch.setattr(geometry_experiment, "_rows", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run_all([run], store=tmp_path, command="x")
+    limit[0] = None
+    (record,) = run_all([run], store=tmp_path, command="x")
+    assert measured == [100, 200, 300]
+    assert list(dict.fromkeys(row["n"] for row in record["rows"])) == [100, 200, 300]
 
 
 def test_records_are_plain_json(tmp_path):

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from entreg.adapters.language_models import ARCHITECTURES, random_language_model
 from entreg.cli import CONFIGS
 from entreg.errors import AssetError, ConfigError
-from entreg.evaluation import language_experiment
+from entreg.evaluation import language_evaluation, language_experiment
 from entreg.evaluation.language_evaluation import expand_plans
 from entreg.evaluation.language_experiment import PAPER_MODELS, plan_run
 from entreg.evaluation.language_report import report
@@ -158,6 +158,40 @@ def test_smoke_runs_are_found_again_and_forced(tmp_path):
     assert [{key: value for key, value in row.items() if key != "seconds"} for row in forced[0]["rows"]] == strip
 
 
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing that it has not written is kept."""
+
+
+def test_a_killed_evaluation_goes_on_behind_what_it_has_finished(tmp_path, monkeypatch):
+    overrides = ["profile.language.plans=[window]", "evaluation.tasks.needle=null"]
+    (run,) = planned(tmp_path, *TINY, *overrides)
+    (whole,) = run_all([run], store=tmp_path / "whole", command="x")
+    stock, measured, limit = language_evaluation._row, [], [None]
+
+    def counted(*arguments):
+        if len(measured) == limit[0]:
+            raise Killed
+        measured.append(arguments)
+        return stock(*arguments)
+
+    monkeypatch.setattr(language_evaluation, "_row", counted)
+    # In the middle of the dense measures, and of those of a plan, whose texts are compared with the dense model's.
+    for limit[0] in (2, 5):
+        with pytest.raises(Killed):
+            run_all([run], store=tmp_path / "runs", command="x")
+    limit[0] = None
+    (record,) = run_all([run], store=tmp_path / "runs", command="x")
+    without_seconds = [
+        [{key: value for key, value in row.items() if key != "seconds"} for row in one["rows"]]
+        for one in (record, whole)
+    ]
+    assert without_seconds[0] == without_seconds[1]
+    assert any("rouge_l_to_dense" in row for row in record["rows"])
+    assert record["metrics"]["effective_support"] == whole["metrics"]["effective_support"]
+    assert len(measured) == len(record["rows"])
+    assert list((tmp_path / "runs").glob("*/measures.json")) == []
+
+
 @pytest.mark.parametrize(
     "adaptation",
     [
@@ -210,7 +244,9 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     ]
     overrides += ["profile.training_scale=1.0", "evaluation.effective_support=null", "evaluation.plans.ours=null"]
     (run,) = planned(tmp_path, *overrides)
-    monkeypatch.setattr(language_experiment, "evaluate_everything", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        language_experiment, "evaluate_everything", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         run_all([run], store=tmp_path / "runs", command="x")
     monkeypatch.undo()

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from entreg.cli import CONFIGS
 from entreg.data.corruptions import CORRUPTIONS
 from entreg.errors import AssetError, ConfigError
-from entreg.evaluation import vision_experiment
+from entreg.evaluation import vision_evaluation, vision_experiment
 from entreg.evaluation.studies import run_all, study_configs
 from entreg.evaluation.vision_experiment import plan_run
 from entreg.evaluation.vision_report import report
@@ -176,6 +176,35 @@ def test_digits_run_on_corrupted_images(tmp_path):
     errors = [row["error"] for row in rows if row["setting"] == "dense"]
     assert record["metrics"]["corrupted_error_dense"] == pytest.approx(np.mean(errors))
     assert run_all(runs, store=tmp_path / "runs", command="second")[0]["command"] == "first"
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing that it has not written is kept."""
+
+
+def test_a_killed_evaluation_goes_on_behind_what_it_has_finished(tmp_path, monkeypatch):
+    (run, _) = planned(tmp_path, *DIGITS)
+    (whole,) = run_all([run], store=tmp_path / "whole", command="x")
+    stock, evaluated, limit = vision_evaluation.evaluate, [], [5]
+
+    def counted(*arguments, **settings):
+        if len(evaluated) == limit[0]:
+            raise Killed
+        evaluated.append(1)
+        return stock(*arguments, **settings)
+
+    monkeypatch.setattr(vision_evaluation, "evaluate", counted)
+    for limit[0] in (5, 11):
+        with pytest.raises(Killed):
+            run_all([run], store=tmp_path / "runs", command="x")
+    limit[0] = None
+    (record,) = run_all([run], store=tmp_path / "runs", command="x")
+    assert record["rows"] == whole["rows"]
+    ours = ("mce_dense", "mce_sparse", "corrupted_error_dense", "corrupted_error_sparse")
+    assert [record["metrics"][name] for name in ours] == [whole["metrics"][name] for name in ours]
+    # What was finished was measured once in all three attempts.
+    assert len(evaluated) == len(record["rows"])
+    assert list((tmp_path / "runs").glob("*/measures.json")) == []
 
 
 def test_missing_corruptions_show_before_a_model_is_built(tmp_path, monkeypatch):

@@ -90,7 +90,7 @@ def test_speed_by_context_with_the_bound_and_without_the_dense_line():
     assert line_of(prefill, "ours").tolist() == [[512, 1.0], [1024, 2.0]]
     assert line_of(prefill, "sink + window (StreamingLLM)").tolist() == [[512, 2.5], [1024, 2.5]]
     assert any(line.get_xydata().tolist() == [[512, 2.0], [1024, 4.0]] for line in prefill.lines)
-    assert set(words(prefill)) == {"ours", "sink + window (StreamingLLM)", "Amdahl's bound"}
+    assert set(words(prefill)) == {"ours", "sink + window (StreamingLLM)", "Amdahl's bound of ours"}
     assert [tick.get_text() for tick in prefill.get_xticklabels()] == ["512", "1k"]
     assert render(figure, "llm-speed")["png"].startswith(b"\x89PNG")
 
@@ -140,7 +140,7 @@ def test_training_shows_ratios_to_plain_steps():
     ]
     figure = training_figure(records)
     (axes,) = figure.axes
-    assert line_of(axes, "_child1") == pytest.approx(np.array([(75, math.exp(-0.1)), (90, math.exp(-0.1))]))
+    assert line_of(axes, "row entropy") == pytest.approx(np.array([(75, math.exp(-0.1)), (90, math.exp(-0.1))]))
     assert words(axes) == ["row entropy"]
     assert axes.get_title(loc="left") == "SmolLM2-135M, offline: ours"
     assert training_figure(records[:4]) is None

@@ -28,7 +28,7 @@ SCRIPT = """
         def label(self):
             return f"number {self.config['number']}"
 
-        def make_record(self, command):
+        def make_record(self, command, directory):
             with open("trace.txt", "a") as file:
                 file.write(f"begin {self.config['number']}\\n")
             print("working on", self.config["number"])

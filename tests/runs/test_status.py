@@ -8,11 +8,12 @@ import pytest
 
 from entreg.cli import CONFIGS
 from entreg.errors import BusyError, RecordError
+from entreg.progress import duration
 from entreg.records.record import new_record
 from entreg.records.store import RecordStore
 from entreg.runs import status
 from entreg.runs.directory import RunDirectory
-from entreg.runs.status import conclude, counted, duration, run_names, status_table, time_left
+from entreg.runs.status import conclude, counted, run_names, status_table, time_left
 from entreg.runs.sweep import RunStatus, Sweep
 from tests.faults.processes import run_program
 
