@@ -97,7 +97,8 @@ class DecoderCapture:
         scale: factor of the attention logits.
         mask: (batch or 1, 1 or heads, n, m) bool, True where a query may see a key, or a mask that is added to the
             logits; None for plain causal attention, aligned at the last query.
-        causal: always True.
+        causal: whether no query sees a key after its own; False under a mask of a prefix or an image, and in models
+            that are used in both directions.
         num_prefix: always 0: no token is always kept by its kind.
     """
 
@@ -126,11 +127,11 @@ class DecoderCapture:
         return visible.diagonal(m - n, 1, 2)
 
     def _visible(self) -> Tensor | None:
-        """(batch, n, m) bool; masks are the same for all heads."""
+        """(batch, n, m) bool: what some head sees."""
         if self.mask is None:
             return None
         mask = self.mask if self.mask.dtype == torch.bool else self.mask > torch.finfo(self.mask.dtype).min
-        return mask[:, 0].expand(len(self.queries), -1, -1)
+        return mask.any(1).expand(len(self.queries), -1, -1)
 
 
 def watched_layers(layers: Sequence[int] | None, depth: int) -> list[int]:
@@ -323,6 +324,13 @@ class DecoderSparsifyHandle(SparsifyHandle):
         self.settings, self.depth = settings, depth
         self.pages: WeakKeyDictionary[Any, dict[int, PageSummaries]] = WeakKeyDictionary()
         self._body = body
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What forward passes left belongs to caches that are not stored with the model.
+        return {**self.__dict__, "selections": [], "pages": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, pages=WeakKeyDictionary())
 
     def acts_on(self, layer: int) -> bool:
         """Whether the plan is for this layer."""
