@@ -290,7 +290,12 @@ class VisionSparsifyHandle(SparsifyHandle):
         Returns:
             The fraction of score entries, among those that the dense model would compute, that are not computed; the
             entries computed for selection scores only count as computed.
+
+        Raises:
+            InputError: no image.
         """
+        if len(images) == 0:
+            raise InputError("realised sparsity is an average over images, so it takes at least one image")
         self.counting = True
         try:
             with self._evaluation():
