@@ -97,7 +97,8 @@ class DecoderCapture:
         scale: factor of the attention logits.
         mask: (batch or 1, 1 or heads, n, m) bool, True where a query may see a key, or a mask that is added to the
             logits; None for plain causal attention, aligned at the last query.
-        causal: always True.
+        causal: whether no query sees a key after its own; False under a mask of a prefix or an image, and in models
+            that are used in both directions.
         num_prefix: always 0: no token is always kept by its kind.
     """
 
@@ -126,11 +127,11 @@ class DecoderCapture:
         return visible.diagonal(m - n, 1, 2)
 
     def _visible(self) -> Tensor | None:
-        """(batch, n, m) bool; masks are the same for all heads."""
+        """(batch, n, m) bool: what some head sees."""
         if self.mask is None:
             return None
         mask = self.mask if self.mask.dtype == torch.bool else self.mask > torch.finfo(self.mask.dtype).min
-        return mask[:, 0].expand(len(self.queries), -1, -1)
+        return mask.any(1).expand(len(self.queries), -1, -1)
 
 
 def watched_layers(layers: Sequence[int] | None, depth: int) -> list[int]:
@@ -289,7 +290,12 @@ class VisionSparsifyHandle(SparsifyHandle):
         Returns:
             The fraction of score entries, among those that the dense model would compute, that are not computed; the
             entries computed for selection scores only count as computed.
+
+        Raises:
+            InputError: no image.
         """
+        if len(images) == 0:
+            raise InputError("realised sparsity is an average over images, so it takes at least one image")
         self.counting = True
         try:
             with self._evaluation():
@@ -323,6 +329,13 @@ class DecoderSparsifyHandle(SparsifyHandle):
         self.settings, self.depth = settings, depth
         self.pages: WeakKeyDictionary[Any, dict[int, PageSummaries]] = WeakKeyDictionary()
         self._body = body
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What forward passes left belongs to caches that are not stored with the model.
+        return {**self.__dict__, "selections": [], "pages": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, pages=WeakKeyDictionary())
 
     def acts_on(self, layer: int) -> bool:
         """Whether the plan is for this layer."""

@@ -26,11 +26,10 @@ def attention_output(attention: nn.Module, x: Tensor, attend: Attend) -> Tensor:
     """
     if attention.training and attention.attn_drop.p > 0:
         raise InputError("the sparse path has no attention dropout; build the model with attn_drop_rate=0")
-    batch, n, _ = x.shape
     gate = getattr(attention, "gate", None)
-    qkv = attention.qkv(x).reshape(batch, n, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    qkv = attention.qkv(x).unflatten(2, (3, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
-    out = attend(attention.q_norm(q), attention.k_norm(k), v).transpose(1, 2).reshape(batch, n, -1)
+    out = attend(attention.q_norm(q), attention.k_norm(k), v).transpose(1, 2).flatten(2)
     out = getattr(attention, "norm", nn.Identity())(out)
     if gate is not None:
         out = out * gate(x).sigmoid()
@@ -81,7 +80,10 @@ class SparseAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> Tensor:
         """(batch, heads, n, d) each, and a (batch, n) bias of the keys, to (batch, heads, n, d)."""
+        require_no_trace()
         settings, handle = self.settings, self.handle
+        if len(q) == 0:
+            return dense_attention(q, k, v, scale=self.scale)
         budget = handle.budgets[self.layer]
         if isinstance(settings, ColumnSparsity):
             plan = make_plan(
@@ -174,6 +176,18 @@ class BlockGuard:
                 "or intermediate features of timm's; do without them, or remove() the sparse path first"
             )
         self.admitted = False
+
+
+def require_no_trace() -> None:
+    """Make sure that ``torch.jit.trace`` does not record a choice, which it would keep for all images.
+
+    Raises:
+        InputError: it would.
+    """
+    if torch.jit.is_tracing():
+        raise InputError(
+            "torch.jit.trace cannot record the sparse path, whose choice depends on the image; remove() it first"
+        )
 
 
 def projected(block: nn.Module, x: Tensor, index: int) -> Tensor:

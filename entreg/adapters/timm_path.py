@@ -13,7 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from entreg.adapters.budgets import Budgets, resolve_budgets
 from entreg.adapters.handles import Selection, VisionSparsifyHandle
-from entreg.adapters.timm_blocks import BlockGuard, BlockInParts, SparseAttention, attention_dtype, projected
+from entreg.adapters.timm_blocks import (
+    BlockGuard,
+    BlockInParts,
+    SparseAttention,
+    attention_dtype,
+    projected,
+    require_no_trace,
+)
 from entreg.errors import ConfigError
 from entreg.sparse import (
     BlockSparsity,
@@ -156,9 +163,16 @@ class SparseBlocks(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, n, c) to (batch, m, c)."""
-        budgets = self.budgets(x.shape[1])
+        # A number even while torch.jit.trace records.
+        tokens = int(x.shape[1])
+        budgets = self.budgets(tokens)
         self.handle.begin(budgets.attention)
-        state = _State(x.shape[1], budgets.keep)
+        if x.numel() == 0:
+            # Without images there is nothing to choose from.
+            for layer in range(len(self)):
+                x = self._whole_block(x, layer, None)
+            return x
+        state = _State(tokens, budgets.keep)
         if self.handle.record:
             state.positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         return self._run(x, 0, state)
@@ -202,6 +216,7 @@ class SparseBlocks(nn.Sequential):
             if self.checkpointing and self.training and torch.is_grad_enabled():
                 return checkpoint(self._whole_block, x, layer, mask, use_reentrant=False)
             return self._whole_block(x, layer, mask)
+        require_no_trace()
         if layer == 0:
             self._guard.admit()
 
@@ -230,6 +245,7 @@ class SparseBlocks(nn.Sequential):
         patches = n - p
         if isinstance(keep, int) and keep >= patches and plan.score != "gate":
             return x, None
+        require_no_trace()
         handle = self.handle
         keys = self._keys(x, layer, plan, state)
         scores = self._scores(x, layer, plan, state, keys)

@@ -1,13 +1,15 @@
 """What transformers calls in place of its own attention while a decoder has the sparse path or a probe.
 
 One function is registered for all models, under one name, in transformers' AttentionInterface; masks are those of its
-SDPA attention. What a model's layers do is kept in an :class:`Attachment`, which the function finds from the attention
-module that calls it.
+SDPA attention. The name equals that of SDPA, since some models ask for it. What a model's layers do is kept in an
+:class:`Attachment`, which the function finds from the attention module that calls it.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import deque
+from dataclasses import dataclass
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -21,12 +23,78 @@ from entreg.adapters.handles import DecoderCapture, DecoderSparsifyHandle, Probe
 from entreg.errors import InputError
 from entreg.sparse import PageSummaries, decoder_attention
 
-NAME = "entreg"
+
+class _Implementation(str):
+    """Name of an attention implementation that is SDPA to whoever asks.
+
+    The forward passes of some models depend on the name: where it is ``"sdpa"`` they put the keys that they select
+    themselves into the mask, and cut queries that nobody reads; elsewhere they expect the implementation to do so.
+    """
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) or other == _SDPA
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    # Lookups in transformers' registries find what is registered under the name itself.
+    __hash__ = str.__hash__
+
+
+_SDPA = "sdpa"
+NAME = _Implementation("entreg")
 """Of the attention implementation in transformers' registry."""
 
 _KEY = "_entreg_attachment"
-# Arguments of transformers' attention functions that change the result and that SDPA or the sparse path ignores.
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
+# Layers share a mask or two; those that select keys have one each, which are not to be held.
+_MASKS_AT_ONCE = 4
+# What attention functions are handed and need not know: the mask and the queries and keys say it already, or it is for
+# the outputs of the model or for the trainer.
+_HARMLESS = frozenset(
+    (
+        "cache_position",
+        "is_causal",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "sliding_window",
+        "use_cache",
+    )
+)
+# What SDPA takes besides, or names in an error of its own. It is handed blocks of keys that the mask holds already.
+_OF_SDPA = frozenset(("block_indices", "cache", "position_bias", "softcap"))
+
+
+@dataclass(frozen=True, eq=False)
+class _Mask:
+    """A mask of a forward pass, which layers share, and what there is to know of it.
+
+    Attributes:
+        given: by the model; held so that no other gets its identity.
+        needed: (batch or 1, 1 or heads, n, m) of the keys that there are; None if it says no more than that attention
+            is causal.
+        looks_ahead: whether a query may see a key after its own.
+    """
+
+    given: Tensor
+    needed: Tensor | None
+    looks_ahead: bool
+
+    @classmethod
+    def of(cls, mask: Tensor, num_keys: int) -> _Mask:
+        needed = mask[..., :num_keys]
+        allowed = needed if mask.dtype == torch.bool else needed > torch.finfo(mask.dtype).min
+        n, m = needed.shape[2:]
+        causal = torch.ones(n, m, dtype=torch.bool, device=mask.device).tril(m - n)
+        if mask.dtype == torch.bool and torch.equal(needed, causal.expand_as(needed)):
+            return cls(mask, None, False)
+        return cls(mask, needed, bool((allowed & ~causal).any()))
 
 
 class Attachment:
@@ -44,15 +112,9 @@ class Attachment:
         self.body, self.attentions, self.config = body, attentions, body.config
         self.stock_implementation = body.config._attn_implementation
         self.sparse: DecoderSparsifyHandle | None = None
-        self.probes: list[tuple[ProbeHandle, frozenset[int]]] = []
-        self._seen: set[int] = set()
-        self._caches: dict[int, ReferenceType[Cache]] = {}
-        # Masks of this pass, which layers share, and what is left of each.
-        self._masks: dict[int, tuple[Tensor, Tensor | None]] = {}
-        AttentionInterface.register(NAME, attend)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        body.set_attn_implementation(NAME)
-        self._hooks = [body.register_forward_pre_hook(_begin)]
+        self._start()
+        self.config._attn_implementation = NAME
+        self._hooks = [body.register_forward_pre_hook(_begin, with_kwargs=True)]
         body.__dict__[_KEY] = self
         for attention in attentions:
             attention.__dict__[_KEY] = self
@@ -65,12 +127,27 @@ class Attachment:
         # A copy of a model that was only watched has an attachment that never was in use.
         return attachment if attachment is not None and attachment._hooks else None
 
+    def _start(self) -> None:
+        """Nothing is watched yet, and nothing known of a forward pass."""
+        self.probes: list[tuple[ProbeHandle, frozenset[int]]] = []
+        self._seen: set[int] = set()
+        self._caches: dict[int, ReferenceType[Cache]] = {}
+        # By identity of the keys that a layer reads the layer that wrote them.
+        self._writers: dict[int, tuple[ReferenceType[Tensor], int]] = {}
+        self._masks: deque[_Mask] = deque(maxlen=_MASKS_AT_ONCE)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("body", "attentions", "config", "stock_implementation", "sparse", "_hooks")
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         twin = object.__new__(Attachment)
         memo[id(self)] = twin
-        for name in ("body", "attentions", "config", "stock_implementation", "sparse", "_hooks"):
-            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
-        twin.probes, twin._seen, twin._caches, twin._masks = [], set(), {}, {}
+        twin.__setstate__({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
         twin.detach_if_unused()
         return twin
 
@@ -85,12 +162,24 @@ class Attachment:
             module.__dict__.pop(_KEY, None)
         self.config._attn_implementation = self.stock_implementation
 
-    def begin(self) -> None:
-        """Forget the forward pass before."""
-        if self.config._attn_implementation != NAME:
+    def begin(self, output_attentions: bool) -> None:
+        """Forget the forward pass before.
+
+        Args:
+            output_attentions: whether the attention weights are asked for.
+
+        Raises:
+            InputError: they are; or the model was changed past the handles.
+        """
+        if not isinstance(self.config._attn_implementation, _Implementation):
             raise InputError(
                 f"the model's attention implementation was set to {self.config._attn_implementation!r}, past the "
                 "sparse path or probe in it: remove() them first"
+            )
+        if output_attentions or self.config.output_attentions:
+            raise InputError(
+                "output_attentions=True asks for attention weights, which neither the sparse path nor SDPA computes: "
+                "remove() what is in the model and set its attention implementation to 'eager'"
             )
         if self.probes and self.body.training and torch.is_grad_enabled() and _checkpoints_reentrantly(self.body):
             raise InputError(
@@ -98,6 +187,7 @@ class Attachment:
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         self._seen.clear()
+        self._writers.clear()
         self._masks.clear()
         if self.sparse is not None:
             self.sparse.selections = []
@@ -130,42 +220,50 @@ class Attachment:
         watching = [] if again else [handle for handle, layers in self.probes if layer in layers]
         sparse = self.sparse if self.sparse is not None and self.sparse.acts_on(layer) else None
         leaves_out = sparse is not None and sparse.is_sparse(q.shape[2])
+        writer = self._writer(layer, k)
         plan, out = None, None
         if watching or leaves_out:
-            _require_supported(module, options)
+            _require_known(module, options, leaves_out)
             cache = self._caches.get(layer, lambda: None)()
-            keys, values = _filled(cache, layer, k, v)
-            seen_mask = None if mask is None else self._needed(mask, keys.shape[2])
+            keys, values = _filled(cache, writer, k, v)
+            seen = None if mask is None else self._mask(mask, keys.shape[2])
             scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+            needed = None if seen is None else seen.needed
+            causal = _is_causal(module, options) if seen is None else not seen.looks_ahead
             for handle in watching:
-                handle.captures.append(DecoderCapture(layer, q, keys, values, scale, seen_mask))
+                handle.captures.append(DecoderCapture(layer, q, keys, values, scale, needed, causal))
             if leaves_out:
-                _require_plain(mask, dropout)
+                _require_plain(seen, causal, dropout)
                 out, plan = decoder_attention(
                     *_as_autocast(q, keys, values),
                     sparse.settings,
                     scale=scale,
-                    mask=seen_mask,
+                    mask=None if needed is None else needed.expand(len(q), -1, -1, -1),
                     pages=None if cache is None else _pages(sparse, cache, layer),
                 )
+        elif self.stock_implementation != _SDPA:
+            _require_served_by_sdpa(module, options, self.stock_implementation)
         if sparse is not None and sparse.record and not again:
             sparse.selections.append(Selection(layer, plan=plan))
         if out is None:
             return sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling, **options)
         return out.transpose(1, 2).contiguous(), None
 
-    def _needed(self, mask: Tensor, num_keys: int) -> Tensor | None:
-        """The mask of so many keys; None if it says no more than that attention is causal."""
-        if id(mask) not in self._masks:
-            needed = mask[..., :num_keys]
-            if mask.dtype == torch.bool:
-                n, m = needed.shape[2:]
-                causal = torch.ones(n, m, dtype=torch.bool, device=mask.device).tril(m - n)
-                if torch.equal(needed, causal.expand_as(needed)):
-                    needed = None
-            # With the mask itself, so that no other gets its id.
-            self._masks[id(mask)] = mask, needed
-        return self._masks[id(mask)][1]
+    def _writer(self, layer: int, k: Tensor) -> int:
+        """The layer that wrote these keys: an earlier one if this one shares its keys."""
+        known = self._writers.get(id(k))
+        if known is not None and known[0]() is k:
+            return known[1]
+        self._writers[id(k)] = ref(k), layer
+        return layer
+
+    def _mask(self, mask: Tensor, num_keys: int) -> _Mask:
+        """What there is to know of a mask, for so many keys."""
+        known = next((one for one in self._masks if one.given is mask), None)
+        if known is None:
+            known = _Mask.of(mask, num_keys)
+            self._masks.append(known)
+        return known
 
 
 # What is kept between calls is no part of a compiled graph; neither is a choice that depends on the data.
@@ -206,21 +304,39 @@ def attend(
     return attachment.attend(module, query, key, value, attention_mask, scaling, dropout, options)
 
 
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
 @torch.compiler.disable
-def _begin(body: nn.Module, args: Any) -> None:
-    Attachment.of(body).begin()
+def _begin(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    attachment = Attachment.of(body)
+    if attachment.sparse is None and not attachment.probes:
+        # Read from a file that a model was written to which was only watched.
+        attachment.detach_if_unused()
+    else:
+        attachment.begin(bool(kwargs.get("output_attentions")))
 
 
 @torch.compiler.disable
 def _see_cache(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     # Under several names in transformers' models.
     found = (value for value in (*args, *kwargs.values()) if isinstance(value, Cache))
-    Attachment.of(module).see_cache(module.layer_idx, next(found, None))
+    attachment = Attachment.of(module)
+    if attachment is not None:
+        attachment.see_cache(module.layer_idx, next(found, None))
 
 
-def _filled(cache: Cache | None, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values without the empty places of a static cache, which come last."""
-    length = 0 if cache is None else int(cache.get_seq_length(layer))
+def _filled(cache: Cache | None, writer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values without the empty places of a static cache, which come last.
+
+    Args:
+        cache: of the model; None if there is none.
+        writer: layer whose keys these are.
+        k: (batch, key_heads, m, d).
+        v: (batch, key_heads, m, d_v).
+    """
+    length = 0 if cache is None else int(cache.get_seq_length(writer))
     if not 0 < length < k.shape[2]:
         return k, v
     return k[:, :, :length], v[:, :, :length]
@@ -242,23 +358,51 @@ def _pages(sparse: DecoderSparsifyHandle, cache: Cache, layer: int) -> PageSumma
     return by_layer[layer]
 
 
-def _require_supported(module: nn.Module, options: dict[str, Any]) -> None:
-    for name in _UNSUPPORTED:
-        if options.get(name) is not None:
-            raise InputError(
-                f"{type(module).__name__} attends with {name!r}, which the sparse path and probes do not know; "
-                "remove() them first"
-            )
+def _require_known(module: nn.Module, options: dict[str, Any], leaves_out: bool) -> None:
+    """Make sure that what is captured, or attended to sparsely, is all that the layer attends with."""
+    if leaves_out and torch.jit.is_tracing():
+        raise InputError(
+            "torch.jit.trace cannot record the sparse path, whose choice depends on the input; remove() it first"
+        )
+    known = _HARMLESS if leaves_out else _HARMLESS | {"block_indices"}
+    for name in _unknown(options, known):
+        raise InputError(
+            f"{type(module).__name__} attends with {name!r}, which the sparse path and probes do not know; "
+            "remove() them first"
+        )
+
+
+def _require_served_by_sdpa(module: nn.Module, options: dict[str, Any], implementation: str | None) -> None:
+    """Make sure that a model which was not on SDPA before does not lose what SDPA does not know."""
+    for name in _unknown(options, _HARMLESS | _OF_SDPA):
+        raise InputError(
+            f"{type(module).__name__} attends with {name!r}, which SDPA ignores and its own attention implementation "
+            f"{implementation!r} may not; remove() the sparse path and probes first"
+        )
+
+
+def _unknown(options: dict[str, Any], known: frozenset[str]) -> list[str]:
+    return [name for name, value in options.items() if value is not None and name not in known]
+
+
+def _is_causal(module: nn.Module, options: dict[str, Any]) -> bool:
+    """Whether SDPA is causal without a mask."""
     causal = options.get("is_causal")
-    if not (getattr(module, "is_causal", True) if causal is None else causal):
-        raise InputError(f"{type(module).__name__} attends without a causal mask; remove() the sparse path first")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
-def _require_plain(mask: Tensor | None, dropout: float) -> None:
+def _require_plain(mask: _Mask | None, causal: bool, dropout: float) -> None:
     if dropout > 0:
         raise InputError("the sparse path has no attention dropout; set attention_dropout=0 in the model's config")
-    if mask is not None and mask.dtype != torch.bool:
-        raise InputError(f"attention masks of the sparse path are bool, True = may attend, got {mask.dtype}")
+    if mask is not None and mask.given.dtype != torch.bool:
+        raise InputError(f"attention masks of the sparse path are bool, True = may attend, got {mask.given.dtype}")
+    if not causal:
+        raise InputError(
+            "attention lets tokens see later ones here (a prefix, an image, both directions), which the sparse path of "
+            "decoders cannot do; keep prompts dense, DecoderSparsity(sparsity=0.0, decode_sparsity=...), or remove() it"
+        )
+    if mask is not None and mask.given.shape[1] != 1:
+        raise InputError(f"attention masks of the sparse path are alike for all heads, got {mask.given.shape[1]} masks")
 
 
 def _checkpoints_reentrantly(body: nn.Module) -> bool:

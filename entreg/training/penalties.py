@@ -330,6 +330,10 @@ class Penalties(nn.Module):
             if not gates:
                 raise ConfigError("the penalty l1_gate needs a sparse path with score: gate in training")
             return [gate.float().mean(-1) for gate in gates]
+        if any(not capture.causal and getattr(capture, "mask", None) is not None for capture in captures):
+            raise ConfigError(
+                f"the penalty {name} takes a decoder's attention for causal, and its mask lets tokens see later ones"
+            )
         return [
             function(one, capture, self.anchors[key] if (key := f"{name}_{capture.layer}") in self.anchors else None)
             for capture in self._of_layers(name, captures)

@@ -300,6 +300,34 @@ def test_of_a_model_for_any_image_size_the_forward_pass_knows_what_is_possible()
         model(images())
 
 
+@pytest.mark.parametrize("name", PLANS)
+@torch.no_grad()
+def test_a_batch_without_images_has_no_logits(name):
+    model = small_model()
+    wanted = model(images(0))
+    with sparsify(model, PLANS[name], record=True) as handle:
+        out = model(images(0))
+        assert (out.shape, out.dtype) == (wanted.shape, wanted.dtype)
+        assert handle.selections == []
+        with pytest.raises(InputError, match="at least one image"):
+            handle.realised_sparsity(images(0))
+        # The pass after it is like any other.
+        assert model(images()).shape == (3, 5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", PLANS)
+@torch.no_grad()
+def test_a_trace_is_of_the_dense_model_or_refused(name):
+    model, x = small_model(), images()
+    wanted = model(x)
+    with sparsify(model, PLANS[name]), pytest.raises(InputError, match=r"torch\.jit\.trace"):
+        torch.jit.trace(model, x)
+    with sparsify(model, 0.0):
+        traced = torch.jit.trace(model, images(2), check_trace=False)
+    assert torch.equal(traced(x), wanted)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["drop", "columns"])
 @torch.no_grad()
