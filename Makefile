@@ -10,6 +10,8 @@ CONSTRAINTS ?= constraints.txt
 EXTRAS ?= vision,llm,tracking,sweeps,dev
 # Where records are read from by `make tables`: results/runs (the reference) or outputs/runs (your own).
 RECORDS ?= results/runs
+# Where the study-* targets keep their records and skip what has one: the reference, or a folder of your own to measure anew.
+STUDY ?= results/runs
 # offline: data that come as packages, minutes on a CPU. paper: the paper's data set and model, one or more GPUs.
 PROFILE ?= offline
 # Folder of ImageNet (train/ and val/ of class folders, or parquet files), of CIFAR-100 and CIFAR-100-C.
@@ -68,7 +70,7 @@ reproduce-geometry: $(STAMP) ## geometry claims on synthetic and real points, co
 
 .PHONY: study-geometry
 study-geometry: $(STAMP) ## the full geometry study behind the reference records (hours allowed, resumable)
-	$(BIN)/python scripts/geometry.py profile=offline store=results/runs
+	$(BIN)/python scripts/geometry.py profile=offline store=$(STUDY)
 
 .PHONY: reproduce-vit
 reproduce-vit: $(STAMP) ## ViT claims: offline on digit scenes, or PROFILE=paper IMAGENET=/data/imagenet
@@ -104,23 +106,23 @@ endif
 
 .PHONY: study-vit
 study-vit: $(STAMP) ## all methods and seeds of the ViT experiment, its sensitivity and speed: the reference records
-	$(BIN)/python scripts/vision.py experiment=vit/digit_scenes profile=offline study.seeds=[0,1,2,3,4] store=results/runs
-	$(BIN)/python scripts/vision.py experiment=vit/sensitivity profile=offline store=results/runs
-	$(BIN)/python scripts/vision.py experiment=vit/token_rivals profile=offline store=results/runs
-	$(BIN)/python scripts/vision.py experiment=vit/equal_sparsity profile=offline store=results/runs
-	$(BIN)/python scripts/vision.py experiment=vit/overlays profile=offline store=results/runs
-	$(BIN)/python scripts/benchmark.py benchmark=vision_speed profile=offline store=results/runs
-	$(BIN)/python scripts/benchmark.py benchmark=training_cost profile=offline store=results/runs
+	$(BIN)/python scripts/vision.py experiment=vit/digit_scenes profile=offline study.seeds=[0,1,2,3,4] store=$(STUDY)
+	$(BIN)/python scripts/vision.py experiment=vit/sensitivity profile=offline store=$(STUDY)
+	$(BIN)/python scripts/vision.py experiment=vit/token_rivals profile=offline store=$(STUDY)
+	$(BIN)/python scripts/vision.py experiment=vit/equal_sparsity profile=offline store=$(STUDY)
+	$(BIN)/python scripts/vision.py experiment=vit/overlays profile=offline store=$(STUDY)
+	$(BIN)/python scripts/benchmark.py benchmark=vision_speed profile=offline store=$(STUDY)
+	$(BIN)/python scripts/benchmark.py benchmark=training_cost profile=offline store=$(STUDY)
 
 .PHONY: study-cifar
 study-cifar: $(STAMP) ## all methods and seeds of the robustness experiment: the reference records
-	$(BIN)/python scripts/vision.py experiment=cifar/digits profile=offline study.seeds=[0,1,2,3,4] store=results/runs
+	$(BIN)/python scripts/vision.py experiment=cifar/digits profile=offline study.seeds=[0,1,2,3,4] store=$(STUDY)
 
 .PHONY: study-llm
 study-llm: $(STAMP) ## the LLM experiment's plans, training methods and speed: the reference records
-	$(BIN)/python scripts/language.py experiment=llm/smollm2 profile=offline store=results/runs
-	$(BIN)/python scripts/language.py experiment=llm/training profile=offline store=results/runs
-	$(BIN)/python scripts/benchmark.py benchmark=language_speed profile=offline store=results/runs
+	$(BIN)/python scripts/language.py experiment=llm/smollm2 profile=offline store=$(STUDY)
+	$(BIN)/python scripts/language.py experiment=llm/training profile=offline store=$(STUDY)
+	$(BIN)/python scripts/benchmark.py benchmark=language_speed profile=offline store=$(STUDY)
 
 # Of a launcher, the key that says how many runs it has at a time.
 jobs-of.joblib := hydra.launcher.n_jobs

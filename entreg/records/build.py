@@ -9,11 +9,19 @@ from typing import Any
 from entreg.atomic import write_bytes_atomic, write_text_atomic
 from entreg.errors import InputError, OutputError
 from entreg.records import figures, registry, report, tables
-from entreg.records.claims import claims_table, judge_all, load_claims, paper_table, readme_table
+from entreg.records.claims import (
+    claims_page,
+    claims_table,
+    judge_all,
+    load_claims,
+    paper_table,
+    readme_table,
+    tally_sentence,
+)
 from entreg.records.store import RecordStore
 
-README_BEGIN = "<!-- claims:begin -->"
-README_END = "<!-- claims:end -->"
+README_BLOCKS = ("tally", "claims")
+"""Between lines ``<!-- tally:begin -->`` and ``<!-- tally:end -->`` of the README stands what a build writes there."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ def build_all(
     readme: str | os.PathLike[str] | None = None,
     check: bool = False,
 ) -> BuildReport:
-    """Writes ``tables/*.md`` and ``.tex``, ``figures/*.png`` and ``.svg``, and ``report.html`` under ``out_dir``.
+    """Writes ``report.html``, ``tables/*.md``, ``.csv`` and ``.tex``, ``figures/*.png`` and ``.svg`` under ``out_dir``.
 
     Records of scale ``smoke`` are left out. Files that are as they should be are not touched. Tables count as equal
     when their text is; figures when they show the same data (:func:`entreg.records.figures.fingerprint`), because
@@ -53,7 +61,7 @@ def build_all(
         records: from :meth:`RecordStore.load_all`.
         out_dir: the folder, made when missing.
         records_root: the folder of the records' files, to which the page links; by default ``runs`` in ``out_dir``.
-        readme: a Markdown file whose claims table between the markers is replaced, or None.
+        readme: a Markdown file whose tally and claims table between the markers are replaced, or None.
         check: compare only and write nothing.
 
     Raises:
@@ -72,9 +80,12 @@ def build_all(
     for whole, for_papers in pairs:
         footer = tables.provenance(usable, whole.record_ids)
         texts[out / "tables" / f"{whole.name}.md"] = whole.with_notes(footer).to_markdown()
+        texts[out / "tables" / f"{whole.name}.csv"] = whole.to_csv()
         texts[out / "tables" / f"{whole.name}.tex"] = for_papers.with_notes(footer).to_latex()
+    texts[out / "tables" / "claims.md"] = claims_page(claims, verdicts, usable)
     if readme is not None:
-        texts[Path(readme)] = _readme_text(Path(readme), readme_table(claims, verdicts).body_markdown())
+        blocks = (tally_sentence(verdicts) + "\n", readme_table(claims, verdicts).body_markdown())
+        texts[Path(readme)] = _readme_text(Path(readme), dict(zip(README_BLOCKS, blocks, strict=True)))
 
     written, unchanged = [], []
     for path, text in texts.items():
@@ -152,23 +163,21 @@ def _links(records: Sequence[Mapping[str, Any]], out: Path, root: Path) -> dict[
     return {r["id"]: store.path_for(r["experiment"], r["config"]).as_posix() for r in records}
 
 
-def _readme_text(path: Path, table: str) -> str:
+def _readme_text(path: Path, blocks: Mapping[str, str]) -> str:
     current = _read(path)
     if current is None:
         raise OutputError(f"The README {path} cannot be read; give the path of an existing file.")
     text = current.decode("utf-8")
-    if (
-        text.count(README_BEGIN) != 1
-        or text.count(README_END) != 1
-        or text.index(README_BEGIN) > text.index(README_END)
-    ):
-        raise OutputError(
-            f"The README {path} must hold one line {README_BEGIN} and after it one line {README_END}; "
-            "the claims table goes between them."
-        )
-    before, rest = text.split(README_BEGIN)
-    after = rest.split(README_END)[1]
-    return f"{before}{README_BEGIN}\n\n{table}\n{README_END}{after}"
+    for name, block in blocks.items():
+        begin, end = (f"<!-- {name}:{edge} -->" for edge in ("begin", "end"))
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise OutputError(
+                f"The README {path} must hold one line {begin} and after it one line {end}; the {name} of the paper's "
+                "claims go between them."
+            )
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n\n{block}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 def _leftovers(out: Path, kept: set[Path]) -> list[Path]:
@@ -178,6 +187,9 @@ def _leftovers(out: Path, kept: set[Path]) -> list[Path]:
 
 
 def _is_generated(path: Path) -> bool:
+    if path.suffix == ".csv":
+        # A comment would be a row to most readers, so the Markdown beside it says for both where they are from.
+        path = path.with_suffix(".md")
     data = _read(path) or b""
     if path.suffix in {".md", ".tex"}:
         return tables.GENERATED.encode("ascii") in data[:200]

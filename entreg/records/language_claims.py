@@ -8,6 +8,7 @@ SmolLM2-135M on packaged text; no verdict there is one on the paper's models.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from entreg.records.claims import Evidence, register_measure
@@ -71,7 +72,16 @@ def prefill_speedup(records: Records) -> Evidence | None:
     if decoding:
         reasons.append(f"decoding {', '.join(f'{_gain(c)} at {c.context:,}, batch {c.batch}' for c in decoding)}")
     used = {cell.record["id"] for cell in (*same, *by_model.values(), *decoding)}
-    return _evidence(records, row["speedup_over_dense"], None, sorted(used), "; ".join(reasons), "x")
+    found = _evidence(records, row["speedup_over_dense"], _range(worst, row), sorted(used), "; ".join(reasons), "x")
+    return replace(found, interval_is="range of the rounds")
+
+
+def _range(cell: SpeedCell, row: Row) -> tuple[float, float] | None:
+    """The least and the largest speed-up over the fastest dense that the fastest and slowest rounds allow."""
+    dense = min((one for one in cell.rows if one["role"] == "baseline"), key=lambda one: one["seconds"], default=None)
+    if dense is None:
+        return None
+    return dense["seconds_min"] / row["seconds_max"], dense["seconds_max"] / row["seconds_min"]
 
 
 def _weight(cell: SpeedCell) -> tuple[Any, ...]:

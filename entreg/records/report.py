@@ -19,7 +19,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from entreg.errors import InputError
-from entreg.records.claims import JUDGED_SCALES, VERDICTS, Claim, Verdict, why
+from entreg.records.claims import DAGGER, JUDGED_SCALES, VERDICTS, Claim, Verdict, tally, why
 from entreg.records.figures import fingerprint
 from entreg.records.formatting import MISSING, NOT_RUN, estimate, number, seconds, spans
 from entreg.records.statistics import Estimate
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SECTIONS = (
+    ("overview", "All claims in one picture", "Picture", ("claims",)),
     ("vision", "Vision transformers", "Vision", ("vision-setting", "vision-equal", "vision-speed-cells", "vision-")),
     ("robustness", "Robustness to corruptions", "Robustness", ("cifar-mce", "cifar-")),
     ("language", "Language models", "Language", ("llm-aims", "llm-quality", "llm-speed", "llm-")),
@@ -143,6 +144,7 @@ def build_page(
         script=Markup(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"),
         not_run=NOT_RUN,
+        dagger=DAGGER,
         table_count=len(tables),
         dates=" to ".join(dict.fromkeys((days[0], days[-1]))) if days else "",
         devices=sorted({device_text(record["device"]) for record in ordered}),
@@ -298,6 +300,7 @@ def _claim(claim: Claim, at: Mapping[str, Verdict], places: Mapping[str, int]) -
         "source": claim.source,
         "commands": claim.commands,
         "reasons": reasons.split("; ") if reasons else [],
+        "stand_in": claim.standards["offline"].stand_in if at["offline"].verdict != NOT_RUN else None,
         "records": compact_places(_places(claim.id, ids, places)),
         **{scale: _verdict(at[scale]) for scale in JUDGED_SCALES},
     }
@@ -309,23 +312,22 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
         "verdict": verdict.verdict,
         "rank": _rank(verdict.verdict),
         "measured": measured,
-        "interval": interval and f"[{interval}",
+        "interval": interval and f"{verdict.evidence.interval_is}: [{interval}",
+        "more": verdict.more,
         "sort": _sort_attribute(sort_key(measured)),
     }
 
 
 def _rank(verdict: str) -> int:
     """Better verdicts first, what was not run last."""
-    return ("exceeded", "reproduced", "partly", "not reproduced", NOT_RUN).index(verdict)
+    return VERDICTS.index(verdict)
 
 
 def _tally(scale: str, verdicts: Sequence[Mapping[str, Verdict]]) -> dict[str, Any]:
     parts, start = [], 0
-    for verdict in sorted(VERDICTS, key=_rank):
-        count = sum(at[scale].verdict == verdict for at in verdicts)
-        if count:
-            parts.append({"verdict": verdict, "count": count, "start": start})
-            start += count
+    for verdict, count in tally(verdicts, scale).items():
+        parts.append({"verdict": verdict, "count": count, "start": start})
+        start += count
     text = ", ".join(f"{part['count']} {part['verdict']}" for part in parts)
     return {"title": _SCALE_TITLES[scale], "total": start, "parts": parts, "text": text}
 

@@ -1,5 +1,7 @@
 """Tables as Markdown and LaTeX, and the build of everything that is generated from records."""
 
+import csv
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +17,7 @@ from entreg.records.formatting import (
     percent,
     ratio,
     seconds,
+    spans,
 )
 from entreg.records.registry import Registry
 from entreg.records.statistics import Estimate
@@ -43,7 +46,7 @@ table_registry: Registry[TableBuilder] = Registry("table")
 
 
 def register_table(name: str, experiments: Sequence[str] = ("",)) -> Callable[[TableBuilder], TableBuilder]:
-    """Decorator: the function builds ``results/tables/<name>.md`` and ``.tex``; see :mod:`entreg.records`.
+    """Decorator: the function builds ``results/tables/<name>.md``, ``.csv`` and ``.tex``; see :mod:`entreg.records`.
 
     Args:
         name: file stem, lower case with hyphens.
@@ -173,6 +176,15 @@ class Table:
                 *(*notes, r"\end{table}"),
             ]
         return "\n".join([f"% {GENERATED}", _LATEX_NEEDS, *lines]) + "\n"
+
+    def to_csv(self) -> str:
+        """The table as comma-separated values: headings and cells as text, without Markdown's marks and the notes."""
+        plain = [
+            ["".join(part for _, part in spans(cell)) for cell in row] for row in (self.columns, *self.text_rows())
+        ]
+        buffer = io.StringIO()
+        csv.writer(buffer, lineterminator="\n").writerows(plain)
+        return buffer.getvalue()
 
     def to_text(self) -> str:
         """The table in aligned plain text, for a terminal."""

@@ -125,7 +125,13 @@ class VisionStudy:
         self, first: str, second: str, plan: str, *, level: float | None = None
     ) -> tuple[list[float], list[float]]:
         """Test accuracies of two methods under a plan, seed by seed, of the seeds that both have."""
-        own, other = (self._by_seed(method, plan, "top1", level, "test") for method in (first, second))
+        return self.shared((first, plan), (second, plan), level=level)
+
+    def shared(
+        self, first: tuple[str, str], second: tuple[str, str], *, level: float | None = None
+    ) -> tuple[list[float], list[float]]:
+        """Test accuracies of two pairs of method and plan, seed by seed, of the seeds that both have."""
+        own, other = (self._by_seed(method, plan, "top1", level, "test") for method, plan in (first, second))
         return _shared(own, other)
 
     def localisation(self, method: str, scores: Sequence[str] | None = None) -> dict[str, Any] | None:

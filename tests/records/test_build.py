@@ -8,14 +8,16 @@ import pytest
 
 from entreg.errors import InputError, OutputError
 from entreg.records import RecordStore, environment, registry
-from entreg.records.build import README_BEGIN, README_END, build_all
+from entreg.records.build import build_all
 from entreg.records.claims import Evidence, load_claims, measure_registry, register_measure
 from entreg.records.figures import figure_registry, method_style, new_figure, register_figure
 from entreg.records.tables import Table, register_table, table_registry
 from tests.faults.processes import run_program
 from tests.records.samples import dated_record as sample_record
 
-README = f"# Title\n\nbefore\n\n{README_BEGIN}\nold\n{README_END}\n\nafter\n"
+BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
+TALLY = "<!-- tally:begin -->\n<!-- tally:end -->\n"
+README = f"# Title\n\nbefore\n\n{TALLY}\n{BEGIN}\nold\n{END}\n\nafter\n"
 
 
 @pytest.fixture
@@ -67,18 +69,15 @@ def test_build_writes_everything_and_is_repeatable(builders, readme, tmp_path):
         "figures/picture.png",
         "figures/picture.svg",
         "report.html",
-        "tables/claims.md",
-        "tables/claims.tex",
-        "tables/example.md",
-        "tables/example.tex",
+        *(f"tables/{name}.{kind}" for name in ("claims", "example") for kind in ("csv", "md", "tex")),
     ]
-    assert len(report.written) == 8
+    assert len(report.written) == 10
     build_all(records[::-1], tmp_path / "two")
     for name in names(tmp_path / "one"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     again = build_all(records, tmp_path / "one", readme=readme)
     assert again.up_to_date
-    assert len(again.unchanged) == 8
+    assert len(again.unchanged) == 10
 
 
 def test_another_process_builds_the_same_bytes(builders, tmp_path):
@@ -116,18 +115,20 @@ def test_footers_and_readme(builders, readme, tmp_path):
         assert "- Device: " in text
         assert "- Code: " in text
     text = readme.read_text()
-    assert text.startswith(f"# Title\n\nbefore\n\n{README_BEGIN}\n\n| Claim |")
-    assert text.endswith(f"|\n\n{README_END}\n\nafter\n")
-    assert "old" not in text
+    tally = f"Offline: 1 reproduced, {len(load_claims()) - 1} not run."
+    assert text.startswith(f"# Title\n\nbefore\n\n<!-- tally:begin -->\n\n{tally}")
+    assert f"<!-- tally:end -->\n\n{BEGIN}\n\n| Claim |" in text
+    assert text.endswith(f"|\n\n{END}\n\nafter\n")
+    assert "\nold\n" not in text
     assert text.count("\n| ") == len(load_claims()) + 2
     assert "**reproduced**" in text
 
 
 def test_smoke_records_never_reach_a_table(builders, readme, tmp_path):
     report = build_all([sample_record(scale="smoke")], tmp_path / "out", readme=readme)
-    assert names(tmp_path / "out") == ["report.html", "tables/claims.md", "tables/claims.tex"]
+    assert names(tmp_path / "out") == ["report.html", "tables/claims.csv", "tables/claims.md", "tables/claims.tex"]
     assert "**" not in readme.read_text()
-    assert len(report.written) == 4
+    assert len(report.written) == 5
 
 
 def test_check_writes_nothing_and_finds_differences(builders, readme, tmp_path):
@@ -141,9 +142,16 @@ def test_check_writes_nothing_and_finds_differences(builders, readme, tmp_path):
 
     other = sample_record(rows=[{"distribution": "square", "seconds": 0.5}])
     changed = {path.name for path in build_all([other], out, readme=readme, check=True).written}
-    assert changed == {"example.md", "example.tex", "picture.png", "picture.svg", "report.html"}
+    assert changed == {"example.csv", "example.md", "example.tex", "picture.png", "picture.svg", "report.html"}
 
-    generated = ("tables/example.md", "tables/claims.tex", "figures/picture.svg", "figures/picture.png", "report.html")
+    generated = (
+        "tables/example.md",
+        "tables/example.csv",
+        "tables/claims.tex",
+        "figures/picture.svg",
+        "figures/picture.png",
+        "report.html",
+    )
     for name in generated:
         path = out / name
         before = path.read_bytes()
@@ -168,24 +176,27 @@ def test_files_that_no_record_supports_go_but_others_stay(builders, tmp_path):
     out = tmp_path / "out"
     build_all([sample_record()], out)
     (out / "tables" / "notes.md").write_text("written by a person\n")
+    (out / "tables" / "numbers.csv").write_text("1,2\n")
     (out / "figures" / "photo.png").write_bytes(b"\x89PNG somebody's")
     report = build_all([], out, check=True)
-    gone = ["example.md", "example.tex", "picture.png", "picture.svg"]
+    gone = ["example.csv", "example.md", "example.tex", "picture.png", "picture.svg"]
     assert [path.name for path in report.removed] == gone
     assert (out / "tables" / "example.md").exists()
     build_all([], out)
     assert names(out) == [
         "figures/photo.png",
         "report.html",
+        "tables/claims.csv",
         "tables/claims.md",
         "tables/claims.tex",
         "tables/notes.md",
+        "tables/numbers.csv",
     ]
 
 
 @pytest.mark.parametrize(
     "text",
-    ["no markers", README_BEGIN, f"{README_END}\n{README_BEGIN}", f"{README}{README}", README.replace(README_END, "")],
+    ["no markers", BEGIN, f"{TALLY}{END}\n{BEGIN}", f"{README}{README}", README.replace(END, ""), f"{BEGIN}\n{END}"],
 )
 def test_a_readme_without_its_markers_is_left_alone(builders, tmp_path, text):
     readme = tmp_path / "README.md"
@@ -243,10 +254,11 @@ def test_the_script_builds_checks_and_reports(tmp_path):
     store.save(sample_record("example/toy"))
     result = run_script("--records", store.root)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.splitlines()[-1] == "1 records, 3 files: 0 were up to date."
+    assert result.stdout.splitlines()[-1] == "1 records, 4 files: 0 were up to date."
     assert names(tmp_path) == [
         "report.html",
         f"runs/{store.path_for('example/toy', {'n': 1000, 'seed': 0}).name}",
+        "tables/claims.csv",
         "tables/claims.md",
         "tables/claims.tex",
     ]

@@ -81,8 +81,13 @@ def test_every_claim_stands_at_the_top_with_its_verdicts(page, reference_records
         heading, paper, here, verdict, at_scale, why = row
         assert words(heading) == f"{claim.claim} {claim.id}"
         assert words(paper) == f"{claim.paper_value} {claim.source}"
-        assert words(here).replace("95 %: ", "") == at["offline"].measured
-        assert words(verdict) == at["offline"].verdict == row.get("data-verdict")
+        evidence, stand_in = at["offline"].evidence, claim.standards["offline"].stand_in
+        shown = words(here).replace(f"{evidence.interval_is}: ", "").replace(" †", "")
+        assert shown == at["offline"].measured
+        assert ("†" in words(here)) == (stand_in is not None)
+        assert stand_in is None or stand_in in words(why)
+        assert words(verdict).replace(" more ", ": more ") == at["offline"].words
+        assert row.get("data-verdict") == at["offline"].verdict
         assert words(at_scale).endswith(at["paper"].verdict)
         for command in claim.commands.values():
             assert command in words(why)

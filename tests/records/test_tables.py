@@ -1,3 +1,5 @@
+import csv
+import io
 import re
 import shutil
 import subprocess
@@ -45,6 +47,15 @@ def test_latex():
     body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
     assert not re.search(r"(?<!\\)[%#$](?![\\])", body)
     assert text.count(r"\begin{") == text.count(r"\end{")
+
+
+def test_csv_reads_back_as_the_cells_without_marks():
+    rows = list(csv.reader(io.StringIO(TABLE.to_csv())))
+    assert rows == [
+        ["points", "time", "speed-up"],
+        ["square|1", "0.00123", "4.00 [3.00, 5.00]"],
+        ["disk", "–", "not run"],
+    ]
 
 
 def test_plain_text_is_aligned():
