@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,8 @@ from typing import Any
 from entreg.records.claims import judge_all, load_claims
 from entreg.records.comparison import compare_with_reference
 from entreg.records.registry import discover
-from entreg.records.store import RecordStore
-from entreg.records.tables import table_registry
+from entreg.records.store import REFERENCE_ROOT, RecordStore
+from entreg.records.tables import MISSING, Table, table_registry
 
 
 def filled_tables(records: Sequence[Mapping[str, Any]], *, prefix: str = "", names: Sequence[str] = ()) -> list[str]:
@@ -74,14 +76,46 @@ def comparison(
 
 
 def verdict_lines(records: Sequence[Mapping[str, Any]], prefixes: Sequence[str]) -> list[str]:
-    """One sentence per claim (whose id begins with a prefix) and scale that the records give a verdict on."""
+    """A table with one line per claim that the records give a verdict on, and where to read why; at most 100 columns.
+
+    Args:
+        records: those of this call.
+        prefixes: beginnings of the identifiers of the claims to look at.
+    """
     discover()
     claims = [claim for claim in load_claims() if claim.id.startswith(tuple(prefixes))]
     judged = [dict(record) for record in records if record["scale"] != "smoke"]
-    return [
-        f"{claim.id}: {claim.claim}, paper {claim.paper_value}; here {verdict.measured}: "
-        f"{verdict.verdict.upper()} ({scale}). {verdict.reason}"
+    reference = _reference_values()
+    rows = [
+        [
+            claim.id,
+            claim.paper_value,
+            _without_interval(verdict.measured),
+            reference.get(claim.id, MISSING),
+            f"{verdict.words}, paper's scale" if scale == "paper" else verdict.words,
+        ]
         for claim, at in zip(claims, judge_all(claims, judged), strict=True)
         for scale, verdict in at.items()
         if verdict.record_ids
     ]
+    if not rows:
+        return []
+    where = [
+        "Why, rules and commands: results/tables/claims.md for the reference;",
+        "for your own runs: make tables RECORDS=outputs/runs writes outputs/tables/claims.md.",
+    ]
+    columns = ["claim", "paper", "here", "reference", "verdict here"]
+    return [Table("verdicts", "Verdicts on the paper's claims", columns, rows, where, "lllll").to_text()]
+
+
+def _reference_values() -> dict[str, str]:
+    """What the reference records gave offline, by claim, without its interval; empty where there is no such table."""
+    path = REFERENCE_ROOT.parent / "tables" / "claims.csv"
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        return {row["id"]: _without_interval(row["here, offline"]) for row in csv.DictReader(file)}
+
+
+def _without_interval(measured: str) -> str:
+    return re.split(r" [\[±†]", measured)[0]

@@ -16,7 +16,8 @@ not hold what it shows. It must depend on nothing else: no files, clock or rando
 
     from entreg.records.tables import Table, ratio, register_table, seconds
 
-    @register_table("geometry-hull", experiments=("geometry/hull",))      # -> results/tables/geometry-hull.md, .csv, .tex
+    # -> results/tables/geometry-hull.md, .csv, .tex
+    @register_table("geometry-hull", experiments=("geometry/hull",))
     def hull_table(records: list[dict]) -> Table | None:
         rows = [[row["distribution"], seconds(row["seconds"]), ratio(row["speedup"])]
                 for record in records for row in record["rows"]]
