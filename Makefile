@@ -44,6 +44,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) --editable '.[$(EXTRAS)]'
 	@touch $(STAMP)
+	-@$(BIN)/python -m entreg.warm_up
 
 known-profile = case '$(PROFILE)' in offline|paper) ;; *) echo "PROFILE must be offline or paper, got '$(PROFILE)'" >&2; exit 2;; esac
 llm-experiment = $(or $(patsubst %,llm/%,$(known-llm.$(MODEL))),llm/other)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from entreg.entropy.runs import greedy_run_starts
 from entreg.geometry.predicates import orient2d
+from entreg.kernels import kernel, part
 
 _ROOT_DIRECTIONS = 16
 _ROOT_SAMPLE = 1024
@@ -64,17 +64,17 @@ def _choose_root(scaled: np.ndarray, hull: np.ndarray) -> np.ndarray:
     return _best_root(scaled, hull, candidates, np.ascontiguousarray(scaled[::stride]))
 
 
-@njit(cache=True, nogil=True)
+@part
 def _cross(scaled, a, b, x, y):
     return (scaled[b, 0] - scaled[a, 0]) * (y - scaled[a, 1]) - (scaled[b, 1] - scaled[a, 1]) * (x - scaled[a, 0])
 
 
-@njit(cache=True, nogil=True)
+@part
 def _mass(count):
     return count * np.log(count) if count > 0 else 0.0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _best_root(scaled, hull, candidates, sample):
     best = np.empty(3, dtype=np.int64)
     best_score = -np.inf
@@ -82,7 +82,7 @@ def _best_root(scaled, hull, candidates, sample):
         for second in range(first + 1, len(candidates)):
             for third in range(second + 1, len(candidates)):
                 a, b, c = candidates[first], candidates[second], candidates[third]
-                inside, cap_ab, cap_bc, cap_ca = 0, 0, 0, 0
+                inside = cap_ab = cap_bc = cap_ca = np.int64(0)
                 for s in range(len(sample)):
                     x, y = sample[s, 0], sample[s, 1]
                     if _cross(scaled, hull[a], hull[b], x, y) < 0:
@@ -101,7 +101,7 @@ def _best_root(scaled, hull, candidates, sample):
     return best
 
 
-@njit(cache=True, nogil=True)
+@part
 def _farthest(scaled, hull, i, j):
     """Position between i and j of the hull vertex farthest beyond the chord; distance is unimodal along a hull."""
     h = len(hull)
@@ -119,7 +119,7 @@ def _farthest(scaled, hull, i, j):
     return low
 
 
-@njit(cache=True, nogil=True)
+@part
 def _choose_apex(scaled, hull, i, j, order, start, stop):
     h = len(hull)
     between = j - i - 1
@@ -131,7 +131,7 @@ def _choose_apex(scaled, hull, i, j, order, start, stop):
             k = _farthest(scaled, hull, i, j)
         else:
             k = i + 1 + (between * (2 * candidate + 1)) // (2 * candidates)
-        inside, left, right = 0, 0, 0
+        inside = left = right = np.int64(0)
         for s in range(start, stop, stride):
             x, y = scaled[order[s], 0], scaled[order[s], 1]
             if _cross(scaled, hull[i % h], hull[k % h], x, y) < 0:
@@ -146,7 +146,7 @@ def _choose_apex(scaled, hull, i, j, order, start, stop):
     return best if best_inside >= _WORTHWHILE * best_seen else (i + j) // 2
 
 
-@njit(cache=True, nogil=True)
+@part
 def _beyond(points, a, b, p):
     """Whether point p lies strictly beyond the chord from a to b, on the side away from the hull's inside."""
     ax, ay, bx, by, px, py = points[a, 0], points[a, 1], points[b, 0], points[b, 1], points[p, 0], points[p, 1]
@@ -156,7 +156,7 @@ def _beyond(points, a, b, p):
     return orient2d(ax, ay, bx, by, px, py) < 0
 
 
-@njit(cache=True, nogil=True)
+@part
 def _split(points, order, start, stop, a, b, c):
     """Reorder so that points beyond a-b come first, then those beyond b-c; return where the two groups end."""
     first_end = start
@@ -176,14 +176,23 @@ def _split(points, order, start, stop, a, b, c):
     return first_end, second_end
 
 
-@njit(cache=True, nogil=True)
+@part
+def _push(stack, pending, start, stop, i, j):
+    stack[pending, 0] = start
+    stack[pending, 1] = stop
+    stack[pending, 2] = i
+    stack[pending, 3] = j
+    return pending + 1
+
+
+@kernel
 def _carve(points, scaled, hull, root, owner, corners):
     h = len(hull)
     order = np.arange(len(points))
     # Pending caps: range of points in order, and the chord's two hull positions (the second may exceed h).
     stack = np.empty((h + 4, 4), dtype=np.int64)
     a, b, c = hull[root[0]], hull[root[1]], hull[root[2]]
-    first_end, second_end = _split(points, order, 0, len(points), a, b, c)
+    first_end, second_end = _split(points, order, np.int64(0), len(points), a, b, c)
     third_end = second_end
     for s in range(second_end, len(points)):
         p = order[s]
@@ -195,13 +204,12 @@ def _carve(points, scaled, hull, root, owner, corners):
     for s in range(third_end, len(points)):
         owner[order[s]] = 0
     count = 1
-    stack[0] = (0, first_end, root[0], root[1])
-    stack[1] = (first_end, second_end, root[1], root[2])
-    stack[2] = (second_end, third_end, root[2], root[0] + h)
-    pending = 3
+    pending = _push(stack, np.int64(0), np.int64(0), first_end, root[0], root[1])
+    pending = _push(stack, pending, first_end, second_end, root[1], root[2])
+    pending = _push(stack, pending, second_end, third_end, root[2], root[0] + h)
     while pending > 0:
         pending -= 1
-        start, stop, i, j = stack[pending]
+        start, stop, i, j = stack[pending, 0], stack[pending, 1], stack[pending, 2], stack[pending, 3]
         # A cap that holds nothing but hull vertices would give one triangle to each of them.
         if stop - start == j - i - 1:
             continue
@@ -212,13 +220,12 @@ def _carve(points, scaled, hull, root, owner, corners):
         for s in range(second_end, stop):
             owner[order[s]] = count
         count += 1
-        stack[pending] = (start, first_end, i, k)
-        stack[pending + 1] = (first_end, second_end, k, j)
-        pending += 2
+        pending = _push(stack, pending, start, first_end, i, k)
+        pending = _push(stack, pending, first_end, second_end, k, j)
     return count
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def collinear_span(points):
     """Indices of the lexicographically least and greatest point, and whether all points are collinear."""
     low, high = 0, 0
@@ -235,7 +242,7 @@ def collinear_span(points):
     return low, high, True
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def at_hull_vertex(points, owner, corners):
     """Which points lie at a hull vertex. A hull vertex inside a triangle of the hull can only be its corner."""
     result = np.empty(len(points), dtype=np.bool_)
@@ -249,7 +256,7 @@ def at_hull_vertex(points, owner, corners):
     return result
 
 
-@njit(cache=True, nogil=True)
+@part
 def in_triangle(points, a, b, c, p):
     """Whether point p lies in the closed triangle of points a, b, c, which may be a segment or a point. Exact."""
     ax, ay, bx, by = points[a, 0], points[a, 1], points[b, 0], points[b, 1]
@@ -271,7 +278,7 @@ def in_triangle(points, a, b, c, p):
     )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def first_outside(points, labels, corners):
     """First point whose part has corners (not -1) but does not hold it, or -1."""
     for p in range(len(points)):
@@ -281,13 +288,13 @@ def first_outside(points, labels, corners):
     return -1
 
 
-@njit(cache=True, nogil=True)
+@part
 def _weight(size):
     """size log(size) of a triangle part; points of parts below three are regrouped by threes."""
     return size * np.log(max(size, 3))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _accept_runs(pool, starts, owner, sizes, greedy, run_of):
     """Turn runs of the pool into parts where that lowers the entropy (or, not greedy, all from four points on).
 

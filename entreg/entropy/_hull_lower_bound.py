@@ -28,7 +28,8 @@ errors, so every count is at most the true one and the bound stays valid.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from entreg.kernels import kernel
 
 _ARCS = 96
 # Scaled coordinates lie in [-1, 1] and carry at most 2**-53 of error, points on the boundary at most 2**-50; the
@@ -94,7 +95,7 @@ def _boundary_points(polygon: np.ndarray) -> np.ndarray:
     return (1.0 - share) * closed[edge] + share * closed[edge + 1]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _longest_blocks(x):
     """For each element, the longest block of consecutive, weakly monotone elements that holds it."""
     n = len(x)
@@ -109,7 +110,7 @@ def _longest_blocks(x):
     return longest
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _longest_nondecreasing(x):
     """Length of the longest weakly ascending subsequence: least possible last element for each length."""
     last = np.empty(len(x))
@@ -127,7 +128,7 @@ def _longest_nondecreasing(x):
     return length
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _most_in_triangle(points, boundary):
     """Upper bound on the number of points in any triangle within the polygon whose boundary is sampled."""
     m = len(boundary)

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numba import njit
 
 from entreg.entropy.partition import partition_entropy
 from entreg.errors import InputError
+from entreg.kernels import kernel
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def greedy_run_starts(values: np.ndarray, starts: np.ndarray) -> int:
     """Write the first index of every run into ``starts`` (at least ``len(values)`` long); return their number."""
     count = 0

@@ -8,9 +8,9 @@ negated (an exact operation), so one set of kernels serves both. Chains are arra
 
 import numpy as np
 
-from entreg.geometry._kernels import kernel, part
 from entreg.geometry._sorting import copy_record, sort_by_x
 from entreg.geometry.predicates import orient2d
+from entreg.kernels import kernel, part
 
 
 @kernel

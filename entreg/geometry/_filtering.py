@@ -8,7 +8,7 @@ only discarded when it is provably not a vertex; NaN and infinite coordinates fa
 
 import numpy as np
 
-from entreg.geometry._kernels import kernel, part
+from entreg.kernels import kernel, part
 from entreg.parallel import chunk_ranges, run_chunks
 
 # Outside these magnitudes the table could overflow or lose its margins to underflow; such input is not filtered.
@@ -84,8 +84,8 @@ def bin_edges(origin, scale, bins):
 
     The rounded edge is moved outwards until ``bin_of`` itself confirms it.
     """
-    lower = np.empty(bins + 2)
-    upper = np.empty(bins + 2)
+    lower = np.empty(bins + 2, np.float64)
+    upper = np.empty(bins + 2, np.float64)
     lower[0] = -np.inf
     upper[bins + 1] = np.inf
     for b in range(1, bins + 2):
@@ -121,15 +121,15 @@ def interior_table(points, sample, hull, bins):
         there is none; ``origin`` and ``scale`` for :func:`bin_of`; and the share of the sample that the filter keeps.
         The share is 1 when no filter could be built.
     """
-    table = np.empty((bins + 2, 2))
+    table = np.empty((bins + 2, 2), np.float64)
     for b in range(bins + 2):
         table[b, 0] = np.inf
         table[b, 1] = -np.inf
     h = hull.shape[0]
     if h < 3:
         return table, 0.0, 0.0, 1.0
-    x = np.empty(h + 1)
-    y = np.empty(h + 1)
+    x = np.empty(h + 1, np.float64)
+    y = np.empty(h + 1, np.float64)
     last = 0
     largest = 0.0
     for k in range(h):

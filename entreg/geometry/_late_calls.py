@@ -12,9 +12,11 @@ compiled code, so it is put off and the kernel asks again.
 
 import _thread
 import ctypes
+import sys
 import threading
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import llvmlite.binding
 from llvmlite import ir
@@ -22,7 +24,7 @@ from numba import cfunc, types
 from numba.extending import intrinsic
 
 # Answers in Python, at some ten microseconds each, after which compilation or its cache are worth their time.
-_PATIENCE = 200
+PATIENCE = 200
 
 
 def called_late(symbol: str, rational: Callable[..., Fraction]) -> Callable[[Callable[..., int]], Callable[..., int]]:
@@ -64,20 +66,23 @@ class _Pointer:
     """The pointer ``target``, and what it leads to while the stage is not compiled."""
 
     def __init__(self, stage: Callable[..., int], rational: Callable[..., Fraction], count: int):
-        self._stage = stage
-        self._rational = rational
+        self.stage = stage
+        self.rational = rational
+        self.asked = 0
+        self.compiled: Any = None
         self._signature = types.int64(*[types.float64] * count)
-        self._asked = 0
         self._compiling = threading.Lock()
-        self._answer = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_double] * count)(self._answer_in_python)
-        self.target = ctypes.c_void_p(ctypes.cast(self._answer, ctypes.c_void_p).value)
+        self._callback = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_double] * count)(self.answer_in_python)
+        self.uncompiled = ctypes.cast(self._callback, ctypes.c_void_p).value
+        self.target = ctypes.c_void_p(self.uncompiled)
 
-    def _answer_in_python(self, *coordinates: float) -> int:
+    def answer_in_python(self, *coordinates: float) -> int:
+        """The stage's answer by rational numbers, 0 after an interrupt; what is asked often is compiled on the way."""
         try:
-            self._asked += 1
-            if self._asked > _PATIENCE:
-                self._compile()
-            determinant = self._rational(*map(Fraction, coordinates))
+            self.asked += 1
+            if self.asked > PATIENCE:
+                self.compile()
+            determinant = self.rational(*map(Fraction, coordinates))
             return 2 + (determinant > 0) - (determinant < 0)
         except (OverflowError, ValueError):
             # Not finite: the predicates promise nothing.
@@ -86,8 +91,16 @@ class _Pointer:
             _thread.interrupt_main()
             return 0
 
-    def _compile(self) -> None:
-        # Other threads go on with rational numbers.
+    def compile(self) -> None:
+        """Have the stage compiled, or loaded from the cache, once; other threads meanwhile go on in Python."""
         if self._compiling.acquire(blocking=False):
-            self._compiled = cfunc(self._signature, cache=True)(self._stage)
-            self.target.value = self._compiled.address
+            try:
+                if self.compiled is None:
+                    self.compiled = cfunc(self._signature, cache=True)(self.stage)
+                    self.target.value = self.compiled.address
+            except Exception:
+                # A full disk, for one, where the cache is to be written. Python's answers are as good, and no second
+                # attempt slows them down.
+                self.asked = -sys.maxsize
+            finally:
+                self._compiling.release()

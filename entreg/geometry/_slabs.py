@@ -8,9 +8,9 @@ import numpy as np
 
 from entreg.geometry._chains import extend_chain
 from entreg.geometry._filtering import bin_of
-from entreg.geometry._kernels import kernel
 from entreg.geometry._sorting import sort_by_x
 from entreg.geometry.predicates import orient2d
+from entreg.kernels import kernel
 
 
 @kernel

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from entreg.geometry._kernels import kernel, part
 from entreg.geometry.predicates import orient2d
+from entreg.kernels import kernel, part
 
 # Longest list that is sorted by insertion.
 _MOST_SORTED = 48

@@ -6,7 +6,7 @@ in any order: the callers resolve such ties themselves.
 
 import numpy as np
 
-from entreg.geometry._kernels import part
+from entreg.kernels import part
 
 _SMALL = 24
 # Mean squared bin occupancy above which insertion sort inside the bins would no longer be linear.

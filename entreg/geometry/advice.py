@@ -27,11 +27,11 @@ from entreg.geometry._filtering import (
     keep_in_chunks,
     share_kept,
 )
-from entreg.geometry._kernels import kernel
 from entreg.geometry.convex_hull import convex_hull
 from entreg.geometry.delaunay import delaunay
 from entreg.geometry.pareto import pareto_front
 from entreg.geometry.validation import as_points, require_finite
+from entreg.kernels import kernel
 from entreg.parallel import resolve_threads
 
 BINS = 256

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from entreg.errors import InputError
-from entreg.geometry._kernels import kernel
 from entreg.geometry.delaunay_faces import (
     mark_outside,
     number_triangles,
@@ -32,6 +31,7 @@ from entreg.geometry.delaunay_order import (
 from entreg.geometry.delaunay_predicates import LARGEST_SCALED
 from entreg.geometry.predicates import orient2d
 from entreg.geometry.validation import as_points, require_finite
+from entreg.kernels import kernel
 from entreg.parallel import chunk_ranges, resolve_threads, run_chunks
 
 _ORDERS = ("auto", "sort")

@@ -6,8 +6,8 @@ The last word of a directed edge is 0 while the triangle on its left has no numb
 
 import numpy as np
 
-from entreg.geometry._kernels import kernel
 from entreg.geometry.delaunay_merge import FACE, NONE, PREVIOUS, WORDS
+from entreg.kernels import kernel
 
 
 @kernel

@@ -16,7 +16,6 @@ on the hull. ``pool`` holds the first free edge and the first slot never used.
 
 import numpy as np
 
-from entreg.geometry._kernels import kernel, part
 from entreg.geometry.delaunay_predicates import (
     ANGLE_BOUND,
     CROSS_BOUND,
@@ -26,6 +25,7 @@ from entreg.geometry.delaunay_predicates import (
     is_inside,
     is_left_turn,
 )
+from entreg.kernels import kernel, part
 
 NONE = 0xFFFFFFFF
 # Positions of the words of a directed edge.

@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from entreg.geometry._kernels import kernel, part
+from entreg.kernels import kernel, part
 
 KEY_BITS = 32
 BUCKET_BITS = 11

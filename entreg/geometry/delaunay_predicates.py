@@ -13,8 +13,8 @@ holds the values as given. They are the same array unless those had to be scaled
 filters may still decide where scaling lost too much.
 """
 
-from entreg.geometry._kernels import part
 from entreg.geometry.predicates import incircle, orient2d
+from entreg.kernels import part
 
 LARGEST_SCALED = 2.0**60
 _UNIT_ROUNDOFF = 2.0**-53

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from entreg.entropy.ball import BallEntropy
 from entreg.entropy.halfspace import HalfspaceEntropy
 from entreg.errors import InputError
-from entreg.geometry._kernels import kernel
 from entreg.geometry.advice import advised_convex_hull, advised_delaunay, advised_pareto_front
 from entreg.geometry.validation import as_points, require_finite
+from entreg.kernels import kernel
 from entreg.parallel import chunk_ranges, resolve_threads, run_chunks
 
 _THREADS_FROM = 10_000

@@ -12,9 +12,9 @@ from entreg.geometry._filtering import (
     sample_positions,
     share_kept,
 )
-from entreg.geometry._kernels import kernel
 from entreg.geometry._sorting import sort_by_x
 from entreg.geometry.validation import as_points, first_nonfinite_row, nonfinite_error
+from entreg.kernels import kernel
 from entreg.parallel import chunk_ranges, resolve_threads, run_chunks
 
 _ALL = np.empty(0, np.int64)
@@ -53,7 +53,7 @@ def pareto_front(points: Any, *, threads: int | None = None) -> np.ndarray:
     if threads is not None or n >= _FILTER_FROM:
         threads = resolve_threads(threads)
     if n < _FILTER_FROM:
-        front = _indices(_front_records(points, _ALL, True, 0, n))
+        front = _front_records(points, _ALL, True, 0, n)[:, 2].astype(np.int64)
     else:
         tasks = 1 if n < _THREADS_FROM else _TASKS_PER_THREAD * threads
         front = front_by_filter(points, threads, *filter_size(n), _WORTHWHILE, tasks)
@@ -86,7 +86,7 @@ def front_by_filter(
     while len(fronts) > 1:
         odd = [fronts.pop()] if len(fronts) % 2 else []
         fronts = run_chunks(_merge_fronts, list(zip(fronts[::2], fronts[1::2], strict=True)), threads) + odd
-    return _indices(fronts[0])
+    return fronts[0][:, 2].astype(np.int64)
 
 
 @kernel
@@ -97,13 +97,13 @@ def _dominated_table(points, sample, front, bins):
     it. The outermost bins stay empty, so that infinite coordinates are kept. ``front`` holds the records of the
     sample's front.
     """
-    table = np.empty((bins + 2, 2))
+    table = np.empty((bins + 2, 2), np.float64)
     for b in range(bins + 2):
         table[b, 0] = np.inf
         table[b, 1] = -np.inf
     if front.shape[0] == 0:
         return table, 0.0, 0.0, 1.0
-    low = np.float64(points[sample[0], 0])
+    low = points[sample[0], 0]
     for index in sample:
         low = min(low, points[index, 0])
     origin, scale = bin_placement(low, front[-1, 0], bins)
@@ -124,7 +124,7 @@ def _dominated_table(points, sample, front, bins):
 @kernel
 def _front_records(points, candidates, everything, start, stop):
     """Front of candidates ``start..stop`` as records by increasing x; empty when a coordinate is not finite."""
-    records = np.empty((stop - start, 3))
+    records = np.empty((stop - start, 3), np.float64)
     finite = True
     for k in range(start, stop):
         index = k if everything else candidates[k]
@@ -161,7 +161,7 @@ def _front_records(points, candidates, everything, start, stop):
 @kernel
 def _merge_fronts(a, b):
     """Front of the union of two non-empty fronts; the indices of ``a`` are smaller than those of ``b``."""
-    merged = np.empty((a.shape[0] + b.shape[0], 3))
+    merged = np.empty((a.shape[0] + b.shape[0], 3), np.float64)
     i = a.shape[0] - 1
     j = b.shape[0] - 1
     k = merged.shape[0]
@@ -181,11 +181,3 @@ def _merge_fronts(a, b):
             merged[k, 1] = record[1]
             merged[k, 2] = record[2]
     return merged[k:]
-
-
-@kernel
-def _indices(records):
-    indices = np.empty(records.shape[0], np.int64)
-    for k in range(records.shape[0]):
-        indices[k] = np.int64(records[k, 2])
-    return indices

@@ -15,8 +15,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from entreg.geometry._kernels import kernel, part
 from entreg.geometry._late_calls import called_late
+from entreg.kernels import kernel, part
 
 _UNIT_ROUNDOFF = 2.0**-53
 _ORIENT_BOUND = (3.0 + 16.0 * _UNIT_ROUNDOFF) * _UNIT_ROUNDOFF
@@ -185,6 +185,12 @@ def _orient2d_integers(ax, ay, bx, by, cx, cy):
     _multiply_add(fixed[7], fixed[1], fixed[2])
     _subtract(fixed[6], fixed[6], fixed[7])
     return 2 + _limbs_sign(fixed[6])
+
+
+def compile_exact_stages() -> None:
+    """Compile what decides the hardest cases, or load it from the cache, before there are any."""
+    _orient2d_integers.pointer.compile()
+    _incircle_integers.pointer.compile()
 
 
 @kernel

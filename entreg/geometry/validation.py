@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from entreg.errors import InputError
-from entreg.geometry._kernels import kernel
+from entreg.kernels import kernel
 
 _FLOAT64 = np.dtype(np.float64)
 

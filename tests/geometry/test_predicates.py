@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from entreg.geometry import _late_calls, predicates
 from entreg.geometry.predicates import incircle, incircle_exact, orient2d, orient2d_exact
 from tests.geometry.exact_oracle import in_circle, integer_points, orientation
 
@@ -119,3 +120,55 @@ def test_predicates_are_antisymmetric():
         a, b, c, d = (tuple(pair) for pair in values.reshape(4, 2))
         assert orient2d(*a, *b, *c) == -orient2d(*b, *a, *c) == orient2d(*b, *c, *a)
         assert incircle(*a, *b, *c, *d) == -incircle(*b, *a, *c, *d) == -incircle(*a, *b, *d, *c)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """The pointer to the exact stage of the orientation, leading to Python as in a new process."""
+    pointer = predicates._orient2d_integers.pointer
+    before = pointer.target.value
+    pointer.target.value = pointer.uncompiled
+    yield pointer
+    pointer.target.value = before
+
+
+# The smallest term decides, at magnitudes that no floating-point stage can deal with.
+HARD = (-1.7976931348623157e308, -1.7976931348623157e308, 1.7976931348623157e308, 1.7976931348623157e308, 0.0, 5e-324)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(coordinate, min_size=8, max_size=8))
+def test_rational_and_compiled_answers_agree(values):
+    points = list(zip(values[::2], values[1::2], strict=True))
+    predicates.compile_exact_stages()
+    for pointer, count, expected in (
+        (predicates._orient2d_integers.pointer, 6, orientation(*integer_points(points[:3]))),
+        (predicates._incircle_integers.pointer, 8, in_circle(*integer_points(points))),
+    ):
+        assert pointer.answer_in_python(*values[:count]) == pointer.compiled.ctypes(*values[:count]) == 2 + expected
+
+
+def test_a_stage_that_is_asked_often_is_compiled(uncompiled, monkeypatch):
+    monkeypatch.setattr(uncompiled, "asked", 0)
+    monkeypatch.setattr(uncompiled, "compile", lambda: calls.append(1))
+    calls = []
+    for _ in range(_late_calls.PATIENCE):
+        assert orient2d(*HARD) == 1
+    assert not calls
+    assert orient2d(*HARD) == 1
+    assert len(calls) == 1
+
+
+def test_an_interrupt_in_the_exact_stage_is_put_off_and_changes_no_answer(uncompiled, monkeypatch):
+    interrupts = []
+    monkeypatch.setattr(_late_calls._thread, "interrupt_main", lambda: interrupts.append(1))
+    rational = uncompiled.rational
+
+    def interrupted(*coordinates):
+        if not interrupts:
+            raise KeyboardInterrupt
+        return rational(*coordinates)
+
+    monkeypatch.setattr(uncompiled, "rational", interrupted)
+    assert orient2d(*HARD) == 1
+    assert interrupts == [1]
