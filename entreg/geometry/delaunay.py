@@ -186,11 +186,13 @@ def _triangulate_serially(points: np.ndarray, adaptive: bool) -> tuple[np.ndarra
     count = len(points)
     status, extremes = _survey(points)
     _raise_for(status, points)
-    exact = points.reshape(-1)
-    factor, rest = _scale_factors(max(map(abs, extremes)))
+    x_low, x_high, y_low, y_high = extremes
+    scaled = exact = points.reshape(-1)
+    factor, rest = _scale_factors(max(-x_low, x_high, -y_low, y_high))
     in_range = factor == rest == 1.0
-    scaled = exact if in_range else exact * factor * rest
-    x_low, x_high, y_low, y_high = (value * factor * rest for value in extremes)
+    if not in_range:
+        scaled = exact * factor * rest
+        x_low, x_high, y_low, y_high = (value * factor * rest for value in extremes)
     extent = max(x_high - x_low, y_high - y_low)
     packed = np.empty(count, np.uint64)
     levels = np.empty(count, np.int16)
