@@ -248,6 +248,8 @@ def loading_errors() -> Iterator[None]:
     except (RuntimeError, OSError, EOFError) as error:
         if not _tells_of_a_death(error):
             raise
+        # As long as a loader is held by the frames of a kept exception, torch tells of the death again, anywhere.
+        traceback.clear_frames(error.__traceback__)
         raise AssetError(
             "a process that loads data was killed, most likely for want of memory; lower num_workers or batch_size"
         ) from error

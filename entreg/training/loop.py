@@ -258,7 +258,7 @@ class _Run:
             blocks=self.data.blocks,
         )
         on_gpu = accelerator.device.type == "cuda"
-        batches = iter(batch_loader(self.data, positions, num_workers=settings.num_workers, pin=on_gpu))
+        batches = batch_loader(self.data, positions, num_workers=settings.num_workers, pin=on_gpu)
         alone = accelerator.num_processes == 1 or self.sharded
         model = state.model if alone else accelerator.prepare_model(state.model)
         state.model.train()
@@ -271,8 +271,10 @@ class _Run:
                 kept = f"the last good checkpoint is {self.last_good}" if self.last_good else "no checkpoint yet"
                 raise type(error)(f"Training stopped: {str(error).rstrip('.')}; {kept}.") from error
 
-    def _take_steps(self, model: nn.Module, batches: Iterator[Mapping[str, Any]], bar: Progress) -> None:
+    def _take_steps(self, model: nn.Module, loader: Iterable[Mapping[str, Any]], bar: Progress) -> None:
         state, settings = self.state, self.settings
+        # Here, so that nobody else holds what ends the loader's processes.
+        batches = iter(loader)
         for step in range(state.done, settings.steps):
             self._step(model, batches, step)
             self._report(bar)

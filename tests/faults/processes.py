@@ -21,8 +21,10 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["pytest", "tests.faults.victims"])
 
 
-def _quietly(log, errors, function, arguments):
+def _quietly(log, errors, method, function, arguments):
     """Runs the function with its outputs in files, as a shell's ``>log 2>errors``."""
+    # The context that this process was made by is not that of the processes that it makes.
+    multiprocessing.set_start_method(method, force=True)
     for number, path in ((1, log), (2, errors)):
         # Appending, so that both may be the same file.
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -44,7 +46,8 @@ def start(log, function, *arguments, errors=None):
     errors = log if errors is None else errors
     for path in {log, errors}:
         path.write_bytes(b"")
-    process = CONTEXT.Process(target=_quietly, args=(str(log), str(errors), function, arguments))
+    method = multiprocessing.get_start_method()
+    process = CONTEXT.Process(target=_quietly, args=(str(log), str(errors), method, function, arguments))
     process.start()
     return process
 

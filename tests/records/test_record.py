@@ -2,7 +2,9 @@ import copy
 import datetime
 import json
 import pathlib
+from importlib import resources
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -43,6 +45,14 @@ def test_new_record_has_every_field_and_fits_the_schema():
     }
     written = datetime.datetime.strptime(record["utc"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=datetime.UTC)
     assert abs((datetime.datetime.now(datetime.UTC) - written).total_seconds()) < 60
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(TEXT, PLAIN, max_size=3), st.lists(st.dictionaries(TEXT, PLAIN, max_size=3) | PLAIN, max_size=3))
+def test_what_fits_the_schema_is_what_json_schema_says(metrics, rows):
+    text = resources.files("entreg.records").joinpath("record.schema.json").read_text(encoding="utf-8")
+    record = {**BASE, "metrics": metrics, "rows": rows}
+    assert (schema_problem(record) is None) == jsonschema.Draft202012Validator(json.loads(text)).is_valid(record)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,7 @@
 """A run that is killed and resumed ends with the same weights, to the bit."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +9,10 @@ import torch
 
 from entreg.errors import ConfigError
 from entreg.training.checkpoints import latest_checkpoint
+from tests.distributed.launch import launch
+from tests.faults.processes import run_program
 from tests.training.tiny import run
 
-ROOT = Path(__file__).parents[2]
 VARIANTS = {
     "plain": {"settings": {}},
     "constant sgd": {"settings": {"optimizer": "sgd", "schedule": "constant", "clip_norm": None}},
@@ -75,11 +72,13 @@ def test_number_of_workers_changes_nothing(tmp_path):
     assert_same_run(none, run(tmp_path / "two", {"num_workers": 2}, **variant))
 
 
-def in_a_process(directory, variant, kill_at=None, launcher=("-m",)):
+def in_a_process(directory, variant, kill_at=None):
     arguments = json.dumps({"directory": str(directory), "kill_at": kill_at, **variant})
-    command = [sys.executable, *launcher, "tests.training.tiny", arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    return run_program("tests/training/tiny.py", arguments)
+
+
+def in_two_processes(directory, variant):
+    return launch("-m", "tests.training.tiny", json.dumps({"directory": str(directory), **variant}))
 
 
 def final_weights(directory):
@@ -109,8 +108,7 @@ def test_process_killed_at_a_random_step_ends_with_the_same_bits(tmp_path, name)
 def test_two_processes_equal_one(tmp_path, settings):
     # In float64, where the order of summation, which differs, decides the ninth digit at most.
     variant = {"settings": {**settings, "clip_norm": 0.1}, "dropout": 0.0, "augment": True, "double": True}
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone", "-m")
-    together = in_a_process(tmp_path / "two", variant, launcher=launcher)
+    together = in_two_processes(tmp_path / "two", variant)
     assert together.returncode == 0, together.stderr
     _, _, result = run(tmp_path / "one", **variant)
     wanted, found = final_weights(tmp_path / "one"), final_weights(tmp_path / "two")
@@ -124,7 +122,7 @@ def test_two_processes_equal_one(tmp_path, settings):
     # The interrupted run of two processes goes on, too.
     for path in (tmp_path / "two" / "checkpoints").glob("step-00000012"):
         (path / "state.json").write_text("{}")
-    again = in_a_process(tmp_path / "two", variant, launcher=launcher)
+    again = in_two_processes(tmp_path / "two", variant)
     assert again.returncode == 0, again.stderr
     assert "damaged" in again.stderr
     repeated = final_weights(tmp_path / "two")

@@ -110,6 +110,8 @@ def run(directory, settings, *, kill_at=None, dropout=0.2, data="Digits", augmen
     model, objective, extra = new_run(kill_at, dropout)
     if double:
         model.double()
+        extra = [one.double().detach().requires_grad_() for one in extra]
+        objective.gate = extra[0]
     dataset = {"Digits": Digits, "ManyDigits": ManyDigits, "NoisyDigits": NoisyDigits}[data]()
     result = train(
         model,
