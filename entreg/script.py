@@ -24,8 +24,9 @@ import sys
 _WAITING = {"GOMP_SPINCOUNT": "10000"}
 _WAITING_KNOWN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 
-# Numbers of glibc's malloc.h, by the environment variable of the same meaning, and what they are set to.
-_KEEPING = {"MALLOC_MMAP_THRESHOLD_": (-3, 2**25), "MALLOC_TRIM_THRESHOLD_": (-1, 2**30)}
+# Numbers of glibc's malloc.h, by the environment variable of the same meaning, and what they are set to: more than any
+# tensor of the offline experiments has, and for releases that know a largest threshold that one.
+_KEEPING = {"MALLOC_MMAP_THRESHOLD_": (-3, (2**30, 2**25)), "MALLOC_TRIM_THRESHOLD_": (-1, (2**30,))}
 _KEEPING_KNOWN = (*_KEEPING, "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
@@ -34,12 +35,13 @@ def prepare_process() -> None:
     if not any(name in os.environ for name in _WAITING_KNOWN):
         os.environ.update(_WAITING)
     if sys.platform == "linux" and not any(name in os.environ for name in _KEEPING_KNOWN):
-        os.environ.update({name: str(value) for name, (_, value) in _KEEPING.items()})
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         # Other C libraries than glibc have none.
         if mallopt is not None:
-            for number, value in _KEEPING.values():
-                mallopt(number, value)
+            for name, (number, values) in _KEEPING.items():
+                kept = next((value for value in values if mallopt(number, value)), None)
+                if kept is not None:
+                    os.environ[name] = str(kept)
 
 
 prepare_process()

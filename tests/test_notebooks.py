@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib.image
 import nbformat
 import pytest
+import torch
 from IPython.display import Image
 
 import entreg.records
@@ -30,11 +31,14 @@ def cells(path, kind):
 
 def shown_by(path):
     """Source of each code cell and what it shows, run in this process."""
-    names, shown = {}, []
-    for cell in cells(path, "code"):
-        *statements, last = ast.parse(cell.source).body
-        exec(compile(ast.Module(statements, []), str(path), "exec"), names)
-        shown.append((cell.source, eval(compile(ast.Expression(last.value), str(path), "eval"), names)))
+    names, shown, threads = {}, [], torch.get_num_threads()
+    try:
+        for cell in cells(path, "code"):
+            *statements, last = ast.parse(cell.source).body
+            exec(compile(ast.Module(statements, []), str(path), "exec"), names)
+            shown.append((cell.source, eval(compile(ast.Expression(last.value), str(path), "eval"), names)))
+    finally:
+        torch.set_num_threads(threads)
     return shown
 
 

@@ -98,8 +98,8 @@ FAULTS = (
     Fault(
         "an evaluation is killed at 20 random moments",
         None,
-        "a record is there whole or not at all, as are kept corrupted images; the same command ends with the same "
-        "numbers",
+        "a record is there whole or not at all, as are kept corrupted images; the same command goes on behind the last "
+        "finished measure and ends with the same numbers",
         evaluation,
     ),
     Fault(
