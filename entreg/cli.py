@@ -10,18 +10,18 @@ others; the last lines say how many failed and where to look, the very last what
 """
 
 import contextlib
-import difflib
 import errno
 import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from entreg import distributed
 from entreg.errors import ConfigError, EntregError, OutputError
+from entreg.names import nearest
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 """The repository's tree of configurations."""
@@ -116,17 +116,6 @@ def hydra_main(
         return main
 
     return decorate
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` with the most similar known name, or the list of names when none is similar."""
-    names = sorted(set(known))
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    if names and len(names) <= 20:
-        return f"; there are {', '.join(names)}."
-    return "."
 
 
 def _run_hydra(function: Callable[[Any], Any], config_name: str, folder: Path, checked: Collection[str]) -> int:

@@ -9,8 +9,9 @@ import sys
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from entreg.cli import CONFIGS, entry_point, nearest
+from entreg.cli import CONFIGS, entry_point
 from entreg.errors import ConfigError
+from entreg.names import nearest
 from entreg.slurm import submit
 
 

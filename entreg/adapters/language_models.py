@@ -22,6 +22,7 @@ from entreg.atomic import folder_atomic
 from entreg.data.assets import ASSETS, asset_path, cache_directory
 from entreg.data.hub import hub_folder, is_hub_name
 from entreg.errors import AssetError, ConfigError, InputError, first_line
+from entreg.names import require_known, suggestion
 
 PACKAGED_MODELS = ("smollm2",)
 """Models that come as assets (:mod:`entreg.data.assets`): SmolLM2-135M-Instruct."""
@@ -188,15 +189,14 @@ def random_language_model(
         ConfigError: unknown architecture or field, sizes that do not fit each other, or as in
             :func:`load_language_model`.
     """
-    if architecture not in ARCHITECTURES:
-        raise ConfigError(f"unknown architecture '{architecture}', known are {', '.join(ARCHITECTURES)}")
+    require_known([architecture], ARCHITECTURES, "architecture")
     torch_dtype, torch_device = _dtype_and_device(dtype, device)
     transformers = _transformers()
     kind, published = ARCHITECTURES[architecture]
     known = transformers.AutoConfig.for_model(kind).to_dict()
-    unknown = sorted(set(options or {}) - set(known))
-    if unknown:
-        raise ConfigError(f"the configuration of {architecture} has no field '{unknown[0]}'")
+    for field in options or {}:
+        if field not in known:
+            raise ConfigError(f"the configuration of {architecture} has no field '{field}'{suggestion(field, known)}")
     cuda = [torch_device] if torch_device.type == "cuda" else []
     try:
         config = transformers.AutoConfig.for_model(kind, **{**published, **(options or {})})
@@ -246,8 +246,7 @@ def _transformers() -> Any:
 
 
 def _dtype_and_device(dtype: str, device: str) -> tuple[torch.dtype, torch.device]:
-    if dtype not in DTYPES:
-        raise ConfigError(f"unknown dtype '{dtype}', known are {', '.join(DTYPES)}")
+    require_known([dtype], DTYPES, "dtype")
     try:
         found = torch.device(device)
         # Says at once whether the device is there and does arithmetic in this dtype.

@@ -25,6 +25,7 @@ from typing import IO
 
 from entreg.atomic import require_writable, write_bytes_atomic
 from entreg.errors import AssetError, OutputError
+from entreg.names import require_known
 
 
 @dataclass(frozen=True)
@@ -262,8 +263,7 @@ def _write_folder(path: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _lookup(name: str) -> Asset:
-    if name not in ASSETS:
-        raise AssetError(f"unknown asset '{name}', known are {', '.join(sorted(ASSETS))}")
+    require_known([name], sorted(ASSETS), "asset", error=AssetError)
     return ASSETS[name]
 
 

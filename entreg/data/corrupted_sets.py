@@ -19,6 +19,7 @@ from entreg.data.corrupted_images import (
 from entreg.data.official_corruptions import DOWNLOAD, OfficialCorruptions
 from entreg.data.vision_sets import vision_dataset
 from entreg.errors import ConfigError
+from entreg.names import require_known
 
 _NUM_CLASSES = {"cifar100_c": 100, "cifar10_c": 10}
 _KEYS = {
@@ -44,11 +45,8 @@ def corrupted_set(config: Mapping[str, Any], clean: Any = None) -> CorruptedSet:
     """
     values = dict(config)
     name = values.pop("name", None)
-    if name not in _KEYS:
-        raise ConfigError(f"unknown corrupted set '{name}', known are {', '.join(_KEYS)}")
-    unknown = sorted(set(values) - set(_KEYS[name]))
-    if unknown:
-        raise ConfigError(f"unknown key '{unknown[0]}' of {name}, known are {', '.join(_KEYS[name])}")
+    require_known([name], _KEYS, "corrupted set")
+    require_known(values, _KEYS[name], "key", name)
     if name == "generated":
         return GeneratedCorruptions(*clean_images(clean, values.pop("limit", None)), **values)
     root = values.pop("root", None)

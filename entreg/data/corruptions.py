@@ -19,6 +19,7 @@ from numpy.random import Philox, RandomState, SeedSequence
 from entreg.data import corruption_functions as functions
 from entreg.data.corruption_parts import LUMA
 from entreg.errors import InputError
+from entreg.names import require_known
 
 CATEGORIES = MappingProxyType(
     {
@@ -227,8 +228,7 @@ def require_corruption(corruption: str) -> str:
     Raises:
         InputError: not one of :data:`ALL_CORRUPTIONS`.
     """
-    if corruption not in ALL_CORRUPTIONS:
-        raise InputError(f"unknown corruption '{corruption}', known are {', '.join(ALL_CORRUPTIONS)}")
+    require_known([corruption], ALL_CORRUPTIONS, "corruption", error=InputError)
     return corruption
 
 

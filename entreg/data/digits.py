@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from entreg.data.assets import ASSETS, asset_path
 from entreg.errors import InputError
+from entreg.names import require_known
 
 SPLITS = MappingProxyType({"train": range(0, 400), "validation": range(400, 450), "test": range(450, 500)})
 """Split to the places, within each class in the order of the file, of its digits."""
@@ -39,8 +40,7 @@ def load_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
         InputError: unknown split.
         AssetError: the digits are not in the cache and cannot be fetched, or are damaged.
     """
-    if split not in SPLITS:
-        raise InputError(f"unknown split '{split}', known are {', '.join(SPLITS)}")
+    require_known([split], SPLITS, "split", error=InputError)
     images, labels = _all_digits()
     chosen = (np.arange(_CLASSES)[:, None] * _PER_CLASS + np.array(SPLITS[split])).reshape(-1)
     return _read_only(images[chosen]), _read_only(labels[chosen])

@@ -7,6 +7,7 @@ import numpy as np
 from entreg.data.assets import ASSETS, asset_path
 from entreg.errors import InputError
 from entreg.geometry.generators import DISTRIBUTIONS, generate
+from entreg.names import require_known
 
 JITTER_DEGREES = 0.01
 """Standard deviation of the jitter of repeated cities, about one kilometre: far below the distance of towns."""
@@ -34,8 +35,7 @@ def load_points(name: str, n: int | None, seed: int, **parameters: float) -> np.
         InputError: unknown name or parameter, or a value out of range.
         AssetError: the coordinates are not in the cache and cannot be fetched.
     """
-    if name not in POINT_SETS:
-        raise InputError(f"unknown point set '{name}', known are {', '.join(sorted(POINT_SETS))}")
+    require_known([name], sorted(POINT_SETS), "point set", error=InputError)
     if name != "cities":
         if n is None:
             raise InputError(f"point set '{name}' is synthetic and needs n, the number of points")

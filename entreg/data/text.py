@@ -21,6 +21,7 @@ from entreg.data.assets import asset_path, cache_directory
 from entreg.data.hub import hub_folder, is_hub_name
 from entreg.data.mediawiki import plain_text, read_articles
 from entreg.errors import AssetError, ConfigError, InputError
+from entreg.names import require_known
 
 SPLITS = ("train", "validation", "test")
 
@@ -88,14 +89,13 @@ def corpus(name: str, root: str | Path | None = None, split: str | None = None) 
     """
     if split is not None:
         _require_split(split)
+    require_known([name], [*_PACKAGED, *_TABLES], "text corpus")
     if name in _PACKAGED:
         if root is not None:
             raise ConfigError(f"data.root is set to {root}, but {name} comes as a package and has none")
         whole = _PACKAGED[name]()
         return whole if split is None else whole.part(split)
-    if name in _TABLES:
-        return _TABLES[name](root, SPLITS if split is None else (split,))
-    raise ConfigError(f"unknown text corpus '{name}', known are {', '.join([*_PACKAGED, *_TABLES])}")
+    return _TABLES[name](root, SPLITS if split is None else (split,))
 
 
 @lru_cache(maxsize=1)
@@ -246,5 +246,4 @@ def _corpus(name: str, documents: Sequence[str], splits: Sequence[str], referenc
 
 
 def _require_split(split: str) -> None:
-    if split not in SPLITS:
-        raise InputError(f"unknown split '{split}', known are {', '.join(SPLITS)}")
+    require_known([split], SPLITS, "split", error=InputError)

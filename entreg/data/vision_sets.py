@@ -26,6 +26,7 @@ from entreg.data.masks import MaskFolder
 from entreg.data.scenes import ClutteredDigits, DigitScenes
 from entreg.data.shapes import TexturedShapes
 from entreg.errors import AssetError, ConfigError
+from entreg.names import require_known
 
 _SCENES = {"digit_scenes": DigitScenes, "cluttered_mnist": ClutteredDigits, "textured_shapes": TexturedShapes}
 _IMAGES = {"imagenet": ("train", "val"), "cifar100": ("train", "test"), "svhn": ("train", "test")}
@@ -57,8 +58,7 @@ def vision_dataset(config: Mapping[str, Any], split: str) -> Dataset:
         AssetError: files are missing or not what they should be; the sentence says how to get them.
     """
     name = _checked_name(config)
-    if split not in SPLITS:
-        raise ConfigError(f"unknown split '{split}', known are {', '.join(SPLITS)}")
+    require_known([split], SPLITS, "split")
     if name in _SCENES:
         values = {key: value for key, value in config.items() if key != "name"}
         _check_keys(values, _scene_keys(name), f"data '{name}'")
@@ -255,8 +255,7 @@ def _indices(config: Mapping[str, Any], source: ImageSource, split: str) -> np.n
 
 def _checked_name(config: Mapping[str, Any]) -> str:
     name = config.get("name")
-    if name not in VISION_SETS:
-        raise ConfigError(f"unknown data set '{name}', known are {', '.join(VISION_SETS)}")
+    require_known([name], VISION_SETS, "data set")
     return name
 
 
@@ -265,6 +264,4 @@ def _scene_keys(name: str) -> frozenset[str]:
 
 
 def _check_keys(values: Mapping[str, Any], known: frozenset[str], what: str) -> None:
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ConfigError(f"unknown key '{unknown[0]}' of {what}, known are {', '.join(sorted(known))}")
+    require_known(values, sorted(known), "key", what)

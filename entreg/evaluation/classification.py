@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from entreg import distributed
 from entreg.errors import ConfigError, InputError
+from entreg.names import require_choice
 from entreg.progress import progress_bar
 from entreg.training.batches import loading_errors
 from entreg.training.vision import answer_logits
@@ -205,8 +206,7 @@ def evaluate(
         ConfigError: an unknown precision, a batch size or limit below 1.
         InputError: an empty data set, or see :func:`classify`.
     """
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got '{precision}'")
+    require_choice("precision", precision, PRECISIONS)
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ConfigError(f"batch_size and limit of an evaluation must be at least 1, got {batch_size} and {limit}")
     if limit is not None and limit < len(dataset):

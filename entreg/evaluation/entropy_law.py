@@ -29,6 +29,7 @@ from entreg.evaluation.rivals import COMPARISON_HULLS
 from entreg.evaluation.timing import Timing, interleaved_timings
 from entreg.geometry.convex_hull import convex_hull
 from entreg.geometry.generators import generate
+from entreg.names import require_known
 from entreg.progress import progress
 from entreg.records.record import new_record
 from entreg.records.statistics import linear_fit
@@ -232,9 +233,7 @@ def run_entropy_law(
     Raises:
         ConfigError: unknown family, fewer than three levels, or no size within the profile's limit.
     """
-    unknown = [name for name in families if name not in LAW_FAMILIES]
-    if unknown:
-        raise ConfigError(f"unknown family '{unknown[0]}', known are {', '.join(LAW_FAMILIES)}")
+    require_known(families, LAW_FAMILIES, "family")
     sizes = sorted(n for n in sizes if n <= profile["max_points"])
     if levels < 3 or not sizes or sizes[0] < 10:
         raise ConfigError(

@@ -25,6 +25,7 @@ from entreg.errors import ConfigError, InputError
 from entreg.evaluation.geometry_methods import OURS, PROBLEMS, Method, Problem, build_methods
 from entreg.evaluation.timing import interleaved_timings
 from entreg.evaluation.tracked_runs import tracked_run
+from entreg.names import require_known, require_some
 from entreg.progress import progress_bar
 from entreg.records.record import new_record
 from entreg.runs.directory import RunDirectory
@@ -122,17 +123,13 @@ def plan_runs(config: Mapping[str, Any]) -> list[GeometryRun]:
         ConfigError: unknown problem, distribution, variant or training key, or a value out of range.
     """
     profile = config["profile"]
-    if config["problem"] not in PROBLEMS:
-        raise ConfigError(f"unknown problem '{config['problem']}', known are {', '.join(PROBLEMS)}")
+    require_known([config["problem"]], PROBLEMS, "problem")
     distributions = _chosen(config["distributions"], profile.get("distributions"))
-    for name in (*distributions, *config["sizes_of"]):
-        if name not in POINT_SETS:
-            raise ConfigError(f"unknown distribution '{name}', known are {', '.join(sorted(POINT_SETS))}")
+    require_some("distributions", config["distributions"], sorted(POINT_SETS), "distribution")
+    require_known(config["sizes_of"], sorted(POINT_SETS), "distribution", "sizes_of")
     variants = config["variants"]
     names = list(variants) if config["variant"] is None else [config["variant"]]
-    for name in names:
-        if name not in variants:
-            raise ConfigError(f"unknown variant '{name}', known are {', '.join(variants)}")
+    require_known(names, variants, "variant")
     seeds = profile["seeds"] if config["seeds"] is None else config["seeds"]
     tracker = tracker_settings_from_mapping(config["tracker"])
     return [
@@ -339,10 +336,7 @@ def _sizes(sizes: Sequence[int], limit: int) -> tuple[int, ...]:
 
 
 def _training(values: Mapping[str, Any], time_scale: float) -> EntropyNetSettings:
-    known = {field.name for field in fields(EntropyNetSettings)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ConfigError(f"unknown training setting '{unknown[0]}', known are {', '.join(sorted(known))}")
+    require_known(values, [field.name for field in fields(EntropyNetSettings)], "training setting")
     try:
         settings = EntropyNetSettings(**values)
     except (InputError, TypeError) as error:

@@ -45,6 +45,7 @@ from entreg.geometry.convex_hull import convex_hull
 from entreg.geometry.delaunay import Triangulation, delaunay
 from entreg.geometry.generators import generate
 from entreg.geometry.pareto import pareto_front
+from entreg.names import require_known, require_some
 from entreg.parallel import chunk_ranges, default_threads, run_chunks
 from entreg.progress import progress
 from entreg.records.record import new_record
@@ -99,9 +100,7 @@ def benchmark_points(name: str, n: int, seed: int) -> np.ndarray:
     """
     if name in COHERENT_POINT_SETS:
         return COHERENT_POINT_SETS[name](n, seed)
-    if name not in POINT_SETS:
-        known = ", ".join(sorted((*POINT_SETS, *COHERENT_POINT_SETS)))
-        raise ConfigError(f"unknown distribution '{name}', known are {known}")
+    require_known([name], sorted((*POINT_SETS, *COHERENT_POINT_SETS)), "distribution")
     return load_points(name, n, seed)
 
 
@@ -432,12 +431,8 @@ def run_geometry_speed(
     Raises:
         ConfigError: unknown problem or distribution, or no size within the profile's limit.
     """
-    if problem not in FAMILIES:
-        raise ConfigError(f"unknown problem '{problem}', known are {', '.join(FAMILIES)}")
-    known = (*POINT_SETS, *COHERENT_POINT_SETS)
-    unknown = [name for name in distributions if name not in known]
-    if unknown:
-        raise ConfigError(f"unknown distribution '{unknown[0]}', known are {', '.join(sorted(known))}")
+    require_known([problem], FAMILIES, "problem")
+    require_some("distributions", distributions, sorted((*POINT_SETS, *COHERENT_POINT_SETS)), "distribution")
     sizes = sorted(n for n in sizes if n <= profile["max_points"])
     if not sizes or sizes[0] < 3 or not time_budget > 0:
         raise ConfigError(

@@ -40,6 +40,7 @@ from entreg.evaluation.language_measures import (
     row_supports,
     token_losses,
 )
+from entreg.names import require_known, require_some
 from entreg.progress import progress, progress_bar
 from entreg.runs.finished import Finished
 from entreg.sparse import DecoderSparsity, sparsity_from_mapping
@@ -125,23 +126,15 @@ def check_evaluation(config: Mapping[str, Any]) -> None:
     """
     expand_plans(config["plans"])
     for name, settings in _tasks(config).items():
-        if name not in TASKS:
-            raise ConfigError(f"there is no task '{name}' in evaluation.tasks; the tasks are {', '.join(TASKS)}")
-        known = (*_COMMON, *_OWN[name])
-        for key in settings:
-            if key not in known:
-                raise ConfigError(f"unknown key '{key}' of evaluation.tasks.{name}, known are {', '.join(known)}")
+        require_known([name], TASKS, "task", "evaluation.tasks")
+        require_known(settings, (*_COMMON, *_OWN[name]), "key", f"evaluation.tasks.{name}")
         for key in ("contexts", "count", "splits", *_OWN[name]):
             if key not in settings:
                 raise ConfigError(f"evaluation.tasks.{name} needs {key}")
         _require_numbers(f"evaluation.tasks.{name}.contexts", settings["contexts"], 16)
         if settings["count"] is not None or name not in ("perplexity", "copy"):
             _require_numbers(f"evaluation.tasks.{name}.count", [settings["count"]], 1)
-        wrong = [split for split in settings["splits"] if split not in EVALUATED_SPLITS]
-        if wrong or not settings["splits"]:
-            raise ConfigError(
-                f"evaluation.tasks.{name}.splits must be some of {', '.join(EVALUATED_SPLITS)}, got {wrong}"
-            )
+        require_some(f"evaluation.tasks.{name}.splits", settings["splits"], EVALUATED_SPLITS, "split")
         if settings.get("stride") is not None:
             _require_numbers("evaluation.tasks.perplexity.stride", [settings["stride"]], 1)
             _require_numbers("evaluation.tasks.perplexity.count with a stride", [settings["count"]], 1)

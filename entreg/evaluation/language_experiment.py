@@ -33,6 +33,7 @@ from entreg.evaluation.language_evaluation import (
 )
 from entreg.evaluation.studies import NOT_RECORDED, chosen_device, last_step, scaled_trainer
 from entreg.evaluation.tracked_runs import tracked_run
+from entreg.names import require_choice
 from entreg.records.record import config_hash, new_record
 from entreg.runs.directory import RunDirectory
 from entreg.runs.finished import Finished, identity_of
@@ -137,8 +138,7 @@ def plan_run(config: Mapping[str, Any]) -> LanguageRun:
     kept["name"] = _experiment(config["name"], kept["model"])
     tracker = tracker_settings_from_mapping(config["tracker"])
     run = LanguageRun(kept, Path(config["checkpoints"]), config["resume"], tracker)
-    if kept["model"]["dtype"] not in DTYPES:
-        raise ConfigError(f"model.dtype must be one of {', '.join(DTYPES)}, got '{kept['model']['dtype']}'")
+    require_choice("model.dtype", kept["model"]["dtype"], DTYPES)
     if _settings(run).steps > 0:
         _check_training(run)
     check_evaluation(kept["evaluation"])
@@ -377,8 +377,7 @@ def _experiment_of_folder(folder: Path) -> str | None:
 def _check_training(run: LanguageRun) -> None:
     """What the training's own parts would refuse only once the model is there."""
     training, regularizer = run.config["training"], run.config["regularizer"]
-    if training["dtype"] not in DTYPES:
-        raise ConfigError(f"training.dtype must be one of {', '.join(DTYPES)}, got '{training['dtype']}'")
+    require_choice("training.dtype", training["dtype"], DTYPES)
     if regularizer["label_smoothing"] != 0:
         raise ConfigError("language models are trained without label smoothing: regularizer.label_smoothing must be 0")
     _penalties(run).require_decoder()

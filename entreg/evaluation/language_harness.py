@@ -15,6 +15,7 @@ from torch import nn
 
 from entreg.adapters.language_models import max_context
 from entreg.errors import AssetError, ConfigError
+from entreg.names import require_known
 
 KEYS = ("tasks", "limit", "num_fewshot", "levels", "include_path")
 
@@ -30,9 +31,7 @@ def check_harness(settings: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: an unknown key, no task, or the package is missing.
     """
-    unknown = sorted(set(settings) - set(KEYS))
-    if unknown:
-        raise ConfigError(f"unknown key '{unknown[0]}' of evaluation.harness, known are {', '.join(KEYS)}")
+    require_known(settings, KEYS, "key", "evaluation.harness")
     if not settings.get("tasks"):
         raise ConfigError("evaluation.harness needs tasks, names of lm-eval's such as [hellaswag, arc_easy]")
     if importlib.util.find_spec("lm_eval") is None:

@@ -63,7 +63,8 @@ from entreg.evaluation.language_speed_settings import (
 from entreg.evaluation.language_steps import DecoderSizes
 from entreg.evaluation.regularizer_cost import peak_memory
 from entreg.evaluation.speed_models import amdahl_bound, speed_device
-from entreg.evaluation.timing import Timing, interleaved_timings
+from entreg.evaluation.timing import Timing, interleaved_timings, warm_up
+from entreg.names import require_choice
 from entreg.progress import progress, progress_bar
 from entreg.records.record import new_record
 from entreg.records.store import RecordStore
@@ -156,10 +157,8 @@ def run_language_speed(
     if not configs:
         raise ConfigError("the speed benchmark needs a model, a phase, a dtype and a compilation")
     for config in configs:
-        if config["dtype"] not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got '{config['dtype']}'")
-        if config["compilation"] not in COMPILATIONS:
-            raise ConfigError(f"compilation must be one of {', '.join(COMPILATIONS)}, got '{config['compilation']}'")
+        require_choice("dtype", config["dtype"], DTYPES)
+        require_choice("compilation", config["compilation"], COMPILATIONS)
         require_possible_architecture(config)
     require_writable(store)
     records = RecordStore(store)

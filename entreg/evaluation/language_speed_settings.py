@@ -8,6 +8,7 @@ from typing import Any
 from entreg.adapters.language_models import ARCHITECTURES
 from entreg.errors import ConfigError
 from entreg.evaluation.language_candidates import Cell
+from entreg.names import require_known
 from entreg.sparse import DecoderSparsity, sparsity_from_mapping
 
 PHASES = ("prefill", "decode")
@@ -23,8 +24,7 @@ def phases_within(
     """
     found = {}
     for phase, sizes in phases.items():
-        if phase not in PHASES:
-            raise ConfigError(f"there is no phase '{phase}' of the speed benchmark; the phases are {', '.join(PHASES)}")
+        require_known([phase], PHASES, "phase", "the speed benchmark")
         if sizes is None:
             continue
         if set(sizes) != {"contexts", "batches"} or not sizes["contexts"] or not sizes["batches"]:

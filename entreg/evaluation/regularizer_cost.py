@@ -29,6 +29,7 @@ from entreg.atomic import require_writable
 from entreg.entropy import BallEntropy, HalfspaceEntropy, attention_key_entropy, attention_row_entropy
 from entreg.errors import ConfigError
 from entreg.evaluation.timing import interleaved_timings
+from entreg.names import require_known
 from entreg.records.record import new_record
 from entreg.records.store import RecordStore
 
@@ -72,8 +73,7 @@ def surrogate_step(surrogate: str, batch: int, tokens: int, dim: int, cells: int
     Raises:
         ConfigError: a combination that does not exist.
     """
-    if surrogate not in SURROGATES:
-        raise ConfigError(f"unknown surrogate '{surrogate}', known are {', '.join(SURROGATES)}")
+    require_known([surrogate], SURROGATES, "surrogate")
     if surrogate in ("ball", "halfspace"):
         points = torch.randn(batch, tokens, dim, device=device, requires_grad=True)
         if surrogate == "ball":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from entreg.adapters import vision_model
 from entreg.adapters.timm_blocks import attention_output
 from entreg.errors import ConfigError
+from entreg.names import require_choice
 from entreg.sparse import SparsityPlan, sparse_attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -29,8 +30,7 @@ def speed_device(name: str) -> torch.device:
     Raises:
         ConfigError: another name, or CUDA where torch sees none.
     """
-    if name not in ("cpu", "cuda"):
-        raise ConfigError(f"device must be cpu or cuda, got '{name}'")
+    require_choice("device", name, ("cpu", "cuda"))
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch sees no CUDA device")
     return torch.device(name)
@@ -42,8 +42,7 @@ def speed_model(name: str, options: Mapping[str, Any], dtype: str, device: torch
     Raises:
         ConfigError: an unknown dtype, or a model that timm does not have.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
+    require_choice("dtype", dtype, DTYPES)
     model = vision_model(name, **options)
     return model.to(device, DTYPES[dtype]).eval()
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from entreg import distributed
 from entreg.atomic import require_writable
 from entreg.errors import BusyError, ConfigError, ProcessError
+from entreg.names import require_choice
 from entreg.records.store import RecordStore
 from entreg.runs.directory import RunDirectory, described
 from entreg.runs.lock import Attempt, told
@@ -214,8 +215,7 @@ def chosen_device(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise ConfigError(f"device must be auto, cpu or cuda, got '{name}'")
+    require_choice("device", name, ("auto", "cpu", "cuda"))
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch sees no CUDA device")
     return name

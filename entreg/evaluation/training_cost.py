@@ -22,6 +22,7 @@ from entreg.errors import ConfigError
 from entreg.evaluation.regularizer_cost import peak_memory
 from entreg.evaluation.speed_models import Geometry, Step, set_fused_attention, shared_copy, speed_device, speed_model
 from entreg.evaluation.timing import interleaved_timings
+from entreg.names import require_choice, require_known
 from entreg.records.record import new_record
 from entreg.records.store import RecordStore
 from entreg.sparse import sparsity_from_mapping
@@ -75,14 +76,11 @@ def run_training_cost(
     Raises:
         ConfigError: an unknown or impossible value.
     """
-    if precision not in _PRECISIONS:
-        raise ConfigError(f"precision must be one of {', '.join(_PRECISIONS)}, got '{precision}'")
+    require_choice("precision", precision, _PRECISIONS)
     if ours not in methods or PLAIN in methods:
         raise ConfigError(f"ours must be one of the methods, and none of them may be called '{PLAIN}', got '{ours}'")
     for name, method in methods.items():
-        unknown = sorted(set(method) - _METHOD_KEYS)
-        if unknown:
-            raise ConfigError(f"method '{name}' of the training cost has no key '{unknown[0]}'")
+        require_known(method, sorted(_METHOD_KEYS), "key", f"method '{name}' of the training cost")
         for penalty in method.get("penalties", {}).values():
             penalty_from_mapping(penalty)
     if batch < 1 or training_images < 1:

@@ -15,6 +15,7 @@ from entreg import distributed
 from entreg.adapters import probe, sparsify
 from entreg.data.corrupted_sets import corrupted_dataset, open_corrupted
 from entreg.data.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES
+from entreg.data.digits import SPLITS
 from entreg.data.vision_sets import vision_dataset
 from entreg.errors import ConfigError
 from entreg.evaluation.classification import PRECISIONS, evaluate
@@ -22,13 +23,17 @@ from entreg.evaluation.entropy_budgets import describe_budgets, kept_per_image, 
 from entreg.evaluation.localisation import Overlap, kept_patches, localise, overlap, patch_masks
 from entreg.evaluation.robustness import CorruptionErrors
 from entreg.evaluation.vision_overlays import overlays
+from entreg.names import require_choice, require_some
 from entreg.progress import Progress, progress_bar
 from entreg.runs.finished import Finished
 from entreg.sparse import Sparsity, TokenSparsity, selection_scores, sparsity_from_mapping
+from entreg.sparse.config import SCORES
 
 Row = dict[str, Any]
 
 _NO_CHOICE = {"level": None, "reduction": None, "score": None}
+# A gate is a part of the model that was trained with it.
+_RANKING_SCORES = tuple(score for score in SCORES if score != "gate")
 
 
 def expand_plans(plans: Mapping[str, Mapping[str, Any]]) -> list[tuple[Row, dict[str, Any]]]:
@@ -86,8 +91,11 @@ def check_evaluation(config: Mapping[str, Any]) -> None:
         sparsity_from_mapping(mapping)
     if config.get("overlays") is not None and "test" not in config["splits"]:
         raise ConfigError("evaluation.overlays shows scenes of the split test; add it to evaluation.splits")
-    if config["precision"] not in PRECISIONS:
-        raise ConfigError(f"evaluation.precision must be {' or '.join(PRECISIONS)}, got '{config['precision']}'")
+    require_choice("evaluation.precision", config["precision"], PRECISIONS)
+    require_some("evaluation.splits", config["splits"], SPLITS, "split")
+    localisation = config["localisation"]
+    if localisation is not None:
+        require_some("evaluation.localisation.scores", localisation["scores"], _RANKING_SCORES, "score")
     if config["batch_size"] < 1 or (config["limit"] is not None and config["limit"] < 1):
         raise ConfigError(
             f"evaluation.batch_size and limit must be at least 1, got {config['batch_size']} and {config['limit']}"

@@ -24,6 +24,7 @@ from entreg.errors import ConfigError
 from entreg.evaluation.studies import NOT_RECORDED, chosen_device, last_step, scaled_trainer
 from entreg.evaluation.tracked_runs import track_overlays, tracked_run
 from entreg.evaluation.vision_evaluation import check_evaluation, evaluate_everything, open_datasets
+from entreg.names import require_known
 from entreg.records.record import config_hash, new_record
 from entreg.runs.directory import RunDirectory
 from entreg.runs.finished import Finished, identity_of
@@ -280,10 +281,7 @@ def _curriculum_settings(run: VisionRun) -> CurriculumSettings | None:
     values = run.config["base"]["curriculum"]
     if values is None:
         return None
-    known = [field.name for field in fields(CurriculumSettings)]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ConfigError(f"unknown key '{unknown[0]}' of base.curriculum, known are {', '.join(known)}")
+    require_known(values, [field.name for field in fields(CurriculumSettings)], "key", "base.curriculum")
     return CurriculumSettings(**values)
 
 

@@ -38,6 +38,7 @@ from entreg.atomic import require_writable
 from entreg.errors import ConfigError
 from entreg.evaluation.regularizer_cost import peak_memory
 from entreg.evaluation.speed_models import (
+    DTYPES,
     Geometry,
     Step,
     amdahl_bound,
@@ -50,7 +51,8 @@ from entreg.evaluation.speed_models import (
     without_attention,
     without_blocks,
 )
-from entreg.evaluation.timing import Timing, interleaved_timings
+from entreg.evaluation.timing import Timing, interleaved_timings, warm_up
+from entreg.names import require_choice, require_known
 from entreg.progress import progress
 from entreg.records.record import new_record
 from entreg.records.store import RecordStore
@@ -151,9 +153,10 @@ def run_vision_speed(
     speed_device(device)
     if not configs or min(batches) < 1:
         raise ConfigError("the speed benchmark needs a model, a dtype, a compilation and a batch of at least 1")
+    for dtype in dtypes:
+        require_choice("dtype", dtype, DTYPES)
     for compilation in compilations:
-        if compilation not in COMPILATIONS:
-            raise ConfigError(f"compilation must be one of {', '.join(COMPILATIONS)}, got '{compilation}'")
+        require_choice("compilation", compilation, COMPILATIONS)
     require_writable(store)
     records = RecordStore(store)
     paths = []
@@ -340,7 +343,5 @@ def _checked_model(name: str, model: Mapping[str, Any], options: Mapping[str, An
     for plan, values in plans.items():
         if sparsity_from_mapping(values) is None:
             raise ConfigError(f"plan '{plan}' of model '{name}' must not be dense")
-    unknown = sorted(set(model["unfused"]) - set(plans))
-    if unknown:
-        raise ConfigError(f"model '{name}' has no plan '{unknown[0]}' to measure unfused")
+    require_known(model["unfused"], plans, "plan", f"models.{name}.unfused")
     return {**model, "options": {**model["options"], **options}}

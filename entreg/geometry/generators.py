@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from entreg.errors import InputError
+from entreg.names import require_known
 
 
 def _square(n: int, rng: np.random.Generator) -> np.ndarray:
@@ -107,8 +108,7 @@ def generate(distribution: str, n: int, seed: int, **parameters: float) -> np.nd
     Raises:
         InputError: unknown distribution or parameter, or a value out of range.
     """
-    if distribution not in DISTRIBUTIONS:
-        raise InputError(f"unknown distribution '{distribution}', known are {', '.join(sorted(DISTRIBUTIONS))}")
+    require_known([distribution], sorted(DISTRIBUTIONS), "distribution", error=InputError)
     if n < 1:
         raise InputError(f"n must be at least 1, got {n}")
     if seed < 0:

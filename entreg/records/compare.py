@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from entreg.cli import nearest
 from entreg.errors import InputError, RecordError
+from entreg.names import nearest
 from entreg.records.environment import REPOSITORY
 from entreg.records.formatting import MISSING, estimate, number, p_value
 from entreg.records.record import parse

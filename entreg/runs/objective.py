@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from entreg.errors import ConfigError
+from entreg.names import require_choice
 
 _DIRECTIONS = ("maximize", "minimize")
 _KEYS = ("name", "value", "where", "direction")
@@ -40,8 +41,7 @@ class Objective:
         if set(values) != set(_KEYS):
             raise ConfigError(f"an objective has the keys {', '.join(_KEYS)}, got {', '.join(sorted(values))}")
         values = {**values, "where": None if values["where"] is None else dict(values["where"])}
-        if values["direction"] not in _DIRECTIONS:
-            raise ConfigError(f"objective.direction must be maximize or minimize, got '{values['direction']}'")
+        require_choice("objective.direction", values["direction"], _DIRECTIONS)
         return cls(**values)
 
     def of(self, records: Sequence[Mapping[str, Any]]) -> float | None:

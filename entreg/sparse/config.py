@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from entreg.errors import ConfigError
+from entreg.names import require_choice, suggestion
 
 SCORES = ("received", "prefix", "mixed", "gate", "magnitude", "random", "part")
 """How keys and tokens are ranked.
@@ -388,7 +389,8 @@ def sparsity_from_mapping(mapping: Mapping[str, Any]) -> Sparsity | None:
         _require_keys(values, (), "sparsity of kind 'none'")
         return None
     if kind not in SPARSITIES:
-        raise ConfigError(f"there is no sparsity of kind {kind!r}; the kinds are {_kinds()}")
+        kinds = f"the kinds are {_kinds()}{suggestion(kind, SPARSITIES)}"
+        raise ConfigError(f"there is no sparsity of kind {kind!r}; {kinds}")
     if kind == "combined" and isinstance(values.get("parts"), Sequence) and not isinstance(values["parts"], str):
         values["parts"] = tuple(sparsity_from_mapping(part) for part in values["parts"])
     if isinstance(values.get("entropy_budget"), Mapping):
@@ -413,7 +415,7 @@ def _require_keys(values: Mapping[str, Any], known: Sequence[str], what: str) ->
     for key in values:
         if key not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
-            raise ConfigError(f"{what} has no key {key!r}; {takes}")
+            raise ConfigError(f"{what} has no key {key!r}; {takes}{suggestion(key, known)}")
 
 
 def _is_integer(value: Any) -> bool:
@@ -444,9 +446,7 @@ def _require_count(plan: Any, name: str, minimum: int) -> None:
 
 
 def _require_choice(plan: Any, name: str, choices: Sequence[str]) -> None:
-    value = getattr(plan, name)
-    if value not in choices:
-        raise ConfigError(f"{type(plan).__name__}'s {name} must be one of {', '.join(choices)}, got {value!r}")
+    require_choice(f"{type(plan).__name__}'s {name}", getattr(plan, name), choices)
 
 
 def _require_bool(plan: Any, name: str) -> None:

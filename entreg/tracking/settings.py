@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from entreg.errors import ConfigError
+from entreg.names import require_choice, require_known
 
 KINDS = ("wandb", "tensorboard", "none")
 MODES = ("offline", "online", "off")
@@ -56,19 +57,14 @@ def tracker_settings_from_mapping(values: Mapping[str, Any]) -> TrackerSettings:
     Raises:
         ConfigError: an unknown key, kind or mode, a number out of range, or a library that is not installed.
     """
-    known = [field.name for field in fields(TrackerSettings)]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ConfigError(f"unknown key '{unknown[0]}' of tracker, known are {', '.join(known)}")
+    require_known(values, [field.name for field in fields(TrackerSettings)], "key", "tracker")
     given = dict(values)
     # YAML reads a bare off as false.
     if given.get("mode") is False:
         given["mode"] = "off"
     settings = TrackerSettings(**{**given, "tags": tuple(given.get("tags") or ())})
-    if settings.kind not in KINDS:
-        raise ConfigError(f"tracker.kind must be one of {', '.join(KINDS)}, got '{settings.kind}'")
-    if settings.mode not in MODES:
-        raise ConfigError(f"tracker.mode must be one of {', '.join(MODES)}, got '{settings.mode}'")
+    require_choice("tracker.kind", settings.kind, KINDS)
+    require_choice("tracker.mode", settings.mode, MODES)
     for name, least in (("attention_every", 1), ("attention_items", 1), ("attention_queries", 1), ("overlays", 0)):
         value = getattr(settings, name)
         optional = name in ("attention_every", "attention_queries")

@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
 from entreg.errors import ConfigError, InputError
+from entreg.names import require_known
 from entreg.training.penalties import Penalties
 from entreg.training.vision import distillation_loss
 
@@ -295,9 +296,7 @@ def check_adaptation(adaptation: Mapping[str, Any]) -> None:
     if kind not in kinds:
         raise ConfigError(f"the adaptation of a language model must be one of {', '.join(kinds)}, got {kind!r}")
     known = ("kind", *kinds[kind])
-    unknown = sorted(set(adaptation) - set(known))
-    if unknown:
-        raise ConfigError(f"unknown key '{unknown[0]}' of the adaptation {kind}, known are {', '.join(known)}")
+    require_known(adaptation, known, "key", f"the adaptation {kind}")
     if kind == "lora":
         _check_low_rank(**{name: adaptation[name] for name in ("rank", "alpha", "dropout") if name in adaptation})
 

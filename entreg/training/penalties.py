@@ -30,6 +30,7 @@ from entreg.entropy import (
 )
 from entreg.entropy.soft_partition import entropy_of_masses
 from entreg.errors import ConfigError, InputError
+from entreg.names import require_known
 from entreg.regularizer import EntropyRegularizer, Term
 from entreg.sparse import selection_scores
 
@@ -75,8 +76,7 @@ class PenaltySettings:
     distortion: float = 4.0
 
     def __post_init__(self) -> None:
-        if self.quantity not in QUANTITIES:
-            raise ConfigError(f"unknown penalty '{self.quantity}', known are {', '.join(QUANTITIES)}")
+        require_known([self.quantity], QUANTITIES, "penalty")
         if self.points not in ("keys", "tokens"):
             raise ConfigError(f"points of a penalty must be keys or tokens, got '{self.points}'")
         if self.budget is not None and (self.budget < 1 or self.term.floor is not None):
@@ -102,9 +102,7 @@ def penalty_from_mapping(values: Mapping[str, Any]) -> PenaltySettings:
     """
     own = {field.name for field in fields(PenaltySettings)} - {"term"}
     of_term = {field.name for field in fields(Term)}
-    unknown = sorted(set(values) - own - of_term)
-    if unknown:
-        raise ConfigError(f"unknown key '{unknown[0]}' of a penalty, known are {', '.join(sorted(own | of_term))}")
+    require_known(values, sorted(own | of_term), "key", "a penalty")
     chosen = {name: value for name, value in values.items() if name in own}
     if chosen.get("layers") is not None:
         chosen["layers"] = tuple(chosen["layers"])

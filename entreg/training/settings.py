@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from entreg.errors import ConfigError
+from entreg.names import require_choice, require_known
 
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("float32", "bfloat16")
@@ -87,10 +88,8 @@ class TrainingSettings:
         self._require("clip_norm", lambda value: value > 0, "above 0", optional=True)
         self._require("ema_decay", lambda value: 0 < value < 1, "in (0, 1)", optional=True)
         self._require("mixing_probability", lambda value: 0 <= value <= 1, "in [0, 1]")
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(f"schedule must be one of {', '.join(SCHEDULES)}, got '{self.schedule}'")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got '{self.precision}'")
+        require_choice("schedule", self.schedule, SCHEDULES)
+        require_choice("precision", self.precision, PRECISIONS)
         if self.steps and self.warmup_steps >= self.steps:
             raise ConfigError(f"warmup_steps must be fewer than steps, got {self.warmup_steps} and {self.steps}")
         if self.mixes and (self.num_classes is None or self.num_classes < 2):
@@ -152,8 +151,5 @@ def training_settings_from_mapping(values: Mapping[str, Any]) -> TrainingSetting
     Raises:
         ConfigError: an unknown key, or a value out of range.
     """
-    known = [field.name for field in dataclasses.fields(TrainingSettings)]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ConfigError(f"unknown training setting '{unknown[0]}', known are {', '.join(known)}")
+    require_known(values, [field.name for field in dataclasses.fields(TrainingSettings)], "training setting")
     return TrainingSettings(**values)

@@ -226,7 +226,7 @@ def test_a_mean_over_some_severities_is_not_called_mean_corruption_error(planted
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"precision": "float16"}, "precision must be float32 or bfloat16"),
+        ({"precision": "float16"}, "precision must be one of float32, bfloat16"),
         ({"batch_size": 0}, "at least 1"),
         ({"splits": ["validation"], "overlays": 2}, "split test"),
         ({"limit": 0}, "at least 1"),

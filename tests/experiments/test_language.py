@@ -261,7 +261,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["device=tpu"], "device must be auto, cpu or cuda"),
+        (["device=tpu"], "device must be one of auto, cpu, cuda"),
         (["model.dtype=int8"], "model.dtype"),
         (["evaluation.tasks.copy.contexts=[3]"], "at least 16"),
         (["+evaluation.plans.ours.blocksize=3"], "blocksize"),

@@ -218,7 +218,7 @@ def test_missing_corruptions_show_before_a_model_is_built(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["device=tpu"], "device must be auto, cpu or cuda"),
+        (["device=tpu"], "device must be one of auto, cpu, cuda"),
         (["evaluation.precision=float16"], "evaluation.precision"),
         (["evaluation.plans.setting_a.before_layer=-1"], "before_layer"),
         (["+evaluation.plans.setting_a.kep=3"], "kep"),

@@ -1,0 +1,83 @@
+"""Names that a configuration chooses among: one sentence for what does not exist, with the nearest name that does."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from entreg.errors import ConfigError
+
+
+def suggestion(name: Any, known: Iterable[Any]) -> str:
+    """``; did you mean 'x'?`` with the most similar known name; empty when none is similar."""
+    close = difflib.get_close_matches(str(name), sorted({str(one) for one in known}), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """As :func:`suggestion`; when no name is similar the list of names, if it is short, and a full stop."""
+    names = sorted(set(known))
+    listed = f"; there are {', '.join(names)}." if names and len(names) <= 20 else "."
+    return suggestion(name, names) or listed
+
+
+def require_known(
+    names: Iterable[Any], known: Collection[Any], what: str, of: str = "", error: type[Exception] = ConfigError
+) -> None:
+    """Refuse the first name that does not exist.
+
+    Args:
+        names: what was asked for.
+        known: all that there are, in the order in which they are to be listed.
+        what: a word for one of them, such as ``distribution`` or ``key``.
+        of: what they belong to, such as the key that holds the list.
+        error: class of what is raised.
+
+    Raises:
+        ConfigError: or ``error``; one sentence with the names that exist and the nearest of them.
+    """
+    listed = list(known)
+    for name in names:
+        if name not in listed:
+            place = f" of {of}" if of else ""
+            raise error(
+                f"unknown {what} '{name}'{place}, known are {', '.join(map(str, listed)) or 'none'}"
+                f"{suggestion(name, listed)}"
+            )
+
+
+def require_choice(key: str, value: Any, known: Collection[str], error: type[Exception] = ConfigError) -> None:
+    """Refuse a value that is none of those known.
+
+    Args:
+        key: what has the value.
+        value: what was asked for.
+        known: all that there are, in the order in which they are to be listed.
+        error: class of what is raised.
+
+    Raises:
+        ConfigError: or ``error``; one sentence with the names that exist and the nearest of them.
+    """
+    if value not in known:
+        raise error(f"{key} must be one of {', '.join(known)}, got '{value}'{suggestion(value, known)}")
+
+
+def require_some(
+    key: str, values: Any, known: Collection[Any], what: str, error: type[Exception] = ConfigError
+) -> None:
+    """Refuse what is no list of at least one known name.
+
+    Args:
+        key: what has the list.
+        values: what was asked for.
+        known: all that there are, in the order in which they are to be listed.
+        what: a word for one of them, such as ``distribution``.
+        error: class of what is raised.
+
+    Raises:
+        ConfigError: or ``error``; one sentence with the names that exist and the nearest of them.
+    """
+    if not isinstance(values, list | tuple) or not values:
+        raise error(f"{key} must be a list of at least one {what} out of {', '.join(map(str, known))}, got {values!r}")
+    require_known(values, known, what, key, error)
