@@ -21,7 +21,7 @@ from typing import Any
 
 from entreg import distributed
 from entreg.errors import ConfigError, EntregError, OutputError
-from entreg.names import nearest
+from entreg.names import nearest, suggestion
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 """The repository's tree of configurations."""
@@ -31,6 +31,15 @@ INTERRUPTED = 130
 
 _CALLBACK = "+hydra.callbacks.sweep._target_=entreg.runs.multirun.RegisterSweep"
 """An override of every script, by which Hydra tells of a multirun."""
+
+_FAMILIES = {"geometry": "geometry", "llm": "language", "vit": "train", "cifar": "train"}
+"""Folder in ``configs/experiment`` to the entry configuration that its experiments are for."""
+
+_PLUGINS = {
+    "hydra/launcher": ("basic", "joblib", "ray", "ray_aws", "rq", "submitit_local", "submitit_slurm"),
+    "hydra/sweeper": ("ax", "basic", "nevergrad", "optuna"),
+}
+"""What Hydra has plugins for, each in a package of its own."""
 
 _OUTPUT_ERRORS = {
     errno.ENOENT: "the folder cannot be made",
@@ -137,6 +146,7 @@ def _run_hydra(function: Callable[[Any], Any], config_name: str, folder: Path, c
             hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
 
     try:
+        _refuse_others_experiments(config_name, folder)
         _refuse_unread_keys(config_name, folder, checked)
         run()
         # Jobs that another launcher was at are left to it; should it be killed, they are run after all.
@@ -172,6 +182,22 @@ def _further_override(override: str) -> Iterator[None]:
         sys.argv = typed
 
 
+def _refuse_others_experiments(config_name: str, folder: Path) -> None:
+    """Most of them would compose, and be run as what they are not."""
+    for text in sys.argv[1:]:
+        key, _, value = text.lstrip("+").partition("=")
+        if key != "experiment":
+            continue
+        for name in value.split(","):
+            entry = _FAMILIES.get(name.strip().partition("/")[0], config_name)
+            if entry != config_name and name.strip() in _options(folder, key):
+                script = {"train": "vision"}.get(entry, entry)
+                raise ConfigError(
+                    f"experiment={name.strip()} is for scripts/{script}.py; the experiments of this script are "
+                    f"{', '.join(_options(folder, key, config_name))}."
+                )
+
+
 def _refuse_unread_keys(config_name: str, folder: Path, checked: Collection[str]) -> None:
     """Hydra's ``+key=value`` adds any key, also a misspelt one that nothing reads; only groups may be added so."""
     groups = set(_groups(folder))
@@ -203,10 +229,20 @@ def _as_sentence(error: Exception, config_name: str, folder: Path) -> EntregErro
             """than plain characters in quotes of its own: "key='value'"."""
         )
     if isinstance(error, MissingConfigException):
-        return ConfigError(_missing_config(error, first_line, folder))
+        return ConfigError(_missing_config(error, first_line, config_name, folder))
+    inside = re.match(r"In '([^']+)': Could not override '([^']+)'", str(error))
+    if inside:
+        return ConfigError(
+            f"{inside.group(1)}.yaml is not for this script: it chooses a configuration of {inside.group(2)!r}, and "
+            f"{config_name}.yaml has none."
+        )
     key = re.match(r"Could not override '([^']+)'", str(error))
     if key:
-        known = [*_known_keys(config_name, folder), *_groups(folder)]
+        keys, groups = _known_keys(config_name, folder), _groups(folder)
+        own = _own_groups(config_name, folder)
+        if key.group(1) in groups and key.group(1) not in own:
+            return ConfigError(f"This script has no {key.group(1)} to choose; what can be chosen is {', '.join(own)}.")
+        known = [*keys, *groups]
         if key.group(1) in known:
             return ConfigError(f"{key.group(1)!r} has no such key; add one with +{key.group(1)}.<key>=<value>.")
         hint = nearest(key.group(1), known)
@@ -226,30 +262,51 @@ def _as_sentence(error: Exception, config_name: str, folder: Path) -> EntregErro
     return ConfigError(f"The configuration is wrong{place}: {first_line}.")
 
 
-def _missing_config(error: Any, first_line: str, folder: Path) -> str:
+def _missing_config(error: Any, first_line: str, config_name: str, folder: Path) -> str:
     missing = error.missing_cfg_file
     if missing is None:
         return f"{first_line}."
     missing = missing.removesuffix(".yaml")
     group, _, name = missing.rpartition("/")
-    if group in ("hydra/launcher", "hydra/sweeper"):
+    if name in _PLUGINS.get(group, ()):
         # Hydra's plugins are named so.
         package = f"hydra-{name.partition('_')[0]}-{group.partition('/')[2]}"
         return f"{group}={name} needs the package {package}, which is not installed: see docs/sweeps.md."
-    options = _options(folder / group)
+    while group and not (folder / group).is_dir() and group not in _PLUGINS:
+        # The name has slashes itself.
+        group, _, first = group.rpartition("/")
+        name = f"{first}/{name}"
+    if group.startswith("experiment/"):
+        group, name = "experiment", missing.partition("/")[2]
+    options = _PLUGINS.get(group) or _options(folder, group, config_name)
     if options:
-        place = f" in {group!r}" if group else ""
-        return f"There is no configuration {name!r}{place}{nearest(name, options)}"
+        place = f"in {group!r} (there are {', '.join(options)})" if group else f"(there are {', '.join(options)})"
+        return f"There is no configuration {name!r} {place}{suggestion(name, options) or '.'}"
     return f"There is no configuration group {group!r}{nearest(group, _groups(folder))}"
 
 
-def _options(folder: Path) -> list[str]:
-    """Configurations in a folder and, with slashes, in the folders below it."""
-    return [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.yaml"))]
+def _options(folder: Path, group: str, config_name: str | None = None) -> list[str]:
+    """Configurations of a group and, with slashes, of the folders below it; without a group the entry points.
+
+    With an entry configuration, of the experiments those that are for it.
+    """
+    files = (folder / group).rglob("*.yaml") if group else folder.glob("*.yaml")
+    names = [path.relative_to(folder / group).with_suffix("").as_posix() for path in sorted(files)]
+    if group != "experiment" or config_name is None:
+        return names
+    return [name for name in names if _FAMILIES.get(name.partition("/")[0], config_name) == config_name]
 
 
 def _groups(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_dir()]
+
+
+def _own_groups(config_name: str, folder: Path) -> list[str]:
+    """Of which an entry configuration chooses a member."""
+    import yaml
+
+    defaults = yaml.safe_load((folder / f"{config_name}.yaml").read_text(encoding="utf-8")).get("defaults", [])
+    return [key for entry in defaults if isinstance(entry, dict) for key in entry if key[:8] != "override"]
 
 
 def _known_keys(config_name: str, folder: Path) -> list[str]:

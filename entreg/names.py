@@ -10,9 +10,14 @@ from entreg.errors import ConfigError
 
 
 def suggestion(name: Any, known: Iterable[Any]) -> str:
-    """``; did you mean 'x'?`` with the most similar known name; empty when none is similar."""
-    close = difflib.get_close_matches(str(name), sorted({str(one) for one in known}), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    """``; did you mean 'x'?`` with the most similar known name; empty when none is similar.
+
+    Names with slashes are also found by their last part.
+    """
+    names = sorted({str(one) for one in known})
+    whole = {name.rpartition("/")[2]: name for name in names} | {name: name for name in names}
+    close = difflib.get_close_matches(str(name), whole, n=1, cutoff=0.5)
+    return f"; did you mean {whole[close[0]]!r}?" if close else ""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -6,18 +6,20 @@ python scripts/benchmark.py profile=smoke store=outputs/smoke   in seconds
 python scripts/benchmark.py store=results/runs                  into the reference records; only missing ones are run
 """
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_method
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 import entreg.script  # noqa: F401, before PyTorch is loaded
 from entreg.cli import command_line, hydra_main
+from entreg.evaluation.profiles import checked_config
 from entreg.evaluation.reporting import filled_tables
 from entreg.records.store import RecordStore
 
 
 @hydra_main("benchmark")
 def main(config: DictConfig) -> None:
-    settings = OmegaConf.to_container(config, resolve=True)
+    settings = checked_config(config, HydraConfig.get().overrides.task, "benchmark")
     chosen = settings["benchmark"]
     benchmarks = [chosen] if "_target_" in chosen else list(chosen.values())
     common = {"profile": settings["profile"], "store": settings["store"], "force": settings["force"]}

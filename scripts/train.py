@@ -7,10 +7,12 @@ python scripts/train.py profile=smoke store=outputs/smoke                    in 
 python scripts/train.py -m regularizer=key_entropy,row_entropy,none seed=0,1,2    a Hydra multirun
 """
 
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 
 import entreg.script  # noqa: F401, before PyTorch is loaded
 from entreg.cli import command_line, hydra_main
+from entreg.evaluation.profiles import checked_config
 from entreg.evaluation.studies import run_all
 from entreg.evaluation.vision_experiment import CHECKED, plan_run
 from entreg.evaluation.vision_report import report
@@ -21,7 +23,7 @@ from entreg.runs.objective import Objective
 @hydra_main("train", checked=(*CHECKED, "objective.where"), shared=True)
 def main(config: DictConfig) -> float | None:
     objective = Objective.from_mapping(config.objective)
-    run = plan_run(OmegaConf.to_container(config, resolve=True))
+    run = plan_run(checked_config(config, HydraConfig.get().overrides.task, "train"))
     records = run_all([run], store=config.store, command=command_line(), force=config.force)
     if not is_multirun():
         # The tables of one job of many say little and take long; see scripts/status.py and scripts/tables.py.

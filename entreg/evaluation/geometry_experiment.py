@@ -17,12 +17,15 @@ from typing import Any
 import hydra
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from scipy.spatial import QhullError
 
+from entreg.cli import CONFIGS
 from entreg.data.points import POINT_SETS, describe_points, load_points
 from entreg.errors import ConfigError, InputError
+from entreg.evaluation.config_schemas import GEOMETRY
 from entreg.evaluation.geometry_methods import OURS, PROBLEMS, Method, Problem, build_methods
+from entreg.evaluation.profiles import checked_config
 from entreg.evaluation.timing import interleaved_timings
 from entreg.evaluation.tracked_runs import tracked_run
 from entreg.names import require_known, require_some
@@ -30,6 +33,7 @@ from entreg.progress import progress_bar
 from entreg.records.record import new_record
 from entreg.runs.directory import RunDirectory
 from entreg.runs.finished import Finished, identity_of
+from entreg.schema import require_fit
 from entreg.tracking import TrackerSettings, track_record, tracker_settings_from_mapping
 from entreg.training.entropy_net import EntropyNetSettings, TrainedEntropyNet, train_entropy_net
 
@@ -100,13 +104,19 @@ def experiment_configs(config: DictConfig, overrides: Sequence[str]) -> list[dic
     Args:
         config: composed from ``configs/geometry.yaml``.
         overrides: those it was composed with.
+
+    Raises:
+        ConfigError: an experiment that does not exist, or as :func:`entreg.evaluation.profiles.checked_config`.
     """
-    if config.study is None:
-        return [OmegaConf.to_container(config, resolve=True)]
-    names = _chosen(config.study, config.profile.get("experiments"))
-    kept = [text for text in overrides if text.partition("=")[0] != "experiment"]
+    plain = checked_config(config, overrides, "geometry")
+    if plain["study"] is None:
+        return [plain]
+    known = sorted(path.stem for path in (CONFIGS / "experiment" / "geometry").glob("*.yaml") if path.stem != "study")
+    require_known(plain["study"], known, "experiment", "study")
+    names = _chosen(plain["study"], plain["profile"].get("experiments"))
+    kept = [text for text in overrides if text.partition("=")[0] not in ("experiment", "study")]
     composed = [hydra.compose("geometry", [f"experiment=geometry/{name}", *kept]) for name in names]
-    return [OmegaConf.to_container(one, resolve=True) for one in composed]
+    return [checked_config(one, kept, "geometry") for one in composed]
 
 
 def plan_runs(config: Mapping[str, Any]) -> list[GeometryRun]:
@@ -122,6 +132,7 @@ def plan_runs(config: Mapping[str, Any]) -> list[GeometryRun]:
     Raises:
         ConfigError: unknown problem, distribution, variant or training key, or a value out of range.
     """
+    require_fit(config, GEOMETRY)
     profile = config["profile"]
     require_known([config["problem"]], PROBLEMS, "problem")
     distributions = _chosen(config["distributions"], profile.get("distributions"))

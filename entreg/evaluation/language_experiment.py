@@ -24,6 +24,7 @@ from entreg.atomic import require_writable
 from entreg.data.language_tasks import token_windows
 from entreg.data.text import Corpus
 from entreg.errors import ConfigError
+from entreg.evaluation.config_schemas import LANGUAGE
 from entreg.evaluation.language_evaluation import (
     check_evaluation,
     check_model,
@@ -37,6 +38,7 @@ from entreg.names import require_choice
 from entreg.records.record import config_hash, new_record
 from entreg.runs.directory import RunDirectory
 from entreg.runs.finished import Finished, identity_of
+from entreg.schema import require_fit
 from entreg.sparse import DecoderSparsity, sparsity_from_mapping
 from entreg.tracking import Tracker, TrackerSettings, track_record, tracker_settings_from_mapping
 from entreg.tracking.attention import AttentionWatch
@@ -126,6 +128,7 @@ def plan_run(config: Mapping[str, Any]) -> LanguageRun:
     Raises:
         ConfigError: an unknown key or an impossible value in any part; no model; a device that is not there.
     """
+    require_fit(config, LANGUAGE)
     profile = config["profile"]
     kept = {key: value for key, value in config.items() if key not in NOT_RECORDED}
     limits = profile.get("language", {})

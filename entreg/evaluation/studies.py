@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from entreg import distributed
 from entreg.atomic import require_writable
 from entreg.errors import BusyError, ConfigError, ProcessError
+from entreg.evaluation.profiles import checked_config
 from entreg.names import require_choice
 from entreg.records.store import RecordStore
 from entreg.runs.directory import RunDirectory, described
@@ -57,14 +58,14 @@ def study_configs(config: DictConfig, overrides: Sequence[str], entry: str = "tr
         entry: name of the entry configuration.
 
     Raises:
-        ConfigError: the experiment has no methods.
+        ConfigError: the experiment has no methods, or as :func:`entreg.evaluation.profiles.checked_config`.
     """
-    methods = OmegaConf.to_container(config.study.methods, resolve=True)
-    allowed = config.profile.get("methods")
+    plain = checked_config(config, overrides, entry)
+    methods, allowed = plain["study"]["methods"], plain["profile"].get("methods")
     names = [name for name in methods if allowed is None or name in allowed] or list(methods)[:1]
     if not names:
         raise ConfigError(f"experiment {config.name} has no study.methods; run it with scripts/train.py")
-    seeds = config.profile.seeds if config.study.seeds is None else config.study.seeds
+    seeds = plain["profile"]["seeds"] if plain["study"]["seeds"] is None else plain["study"]["seeds"]
     composed = [
         hydra.compose(entry, [*overrides, *methods[name], f"method={name}", f"seed={seed}"])
         for seed in seeds

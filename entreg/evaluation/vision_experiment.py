@@ -21,6 +21,7 @@ from entreg.adapters import probe, sparsify, vision_model
 from entreg.atomic import require_writable
 from entreg.data.vision_sets import describe_dataset
 from entreg.errors import ConfigError
+from entreg.evaluation.config_schemas import TRAIN
 from entreg.evaluation.studies import NOT_RECORDED, chosen_device, last_step, scaled_trainer
 from entreg.evaluation.tracked_runs import track_overlays, tracked_run
 from entreg.evaluation.vision_evaluation import check_evaluation, evaluate_everything, open_datasets
@@ -28,6 +29,7 @@ from entreg.names import require_known
 from entreg.records.record import config_hash, new_record
 from entreg.runs.directory import RunDirectory
 from entreg.runs.finished import Finished, identity_of
+from entreg.schema import require_fit
 from entreg.sparse import sparsity_from_mapping
 from entreg.tracking import Tracker, TrackerSettings, track_record, tracker_settings_from_mapping
 from entreg.tracking.attention import AttentionWatch
@@ -88,6 +90,7 @@ def plan_run(config: Mapping[str, Any]) -> VisionRun:
     Raises:
         ConfigError: an unknown key or an impossible value in any part; a device that is not there.
     """
+    require_fit(config, TRAIN)
     profile = config["profile"]
     kept = {key: value for key, value in config.items() if key not in NOT_RECORDED}
     scale = profile["training_scale"]
