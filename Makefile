@@ -52,7 +52,8 @@ known-llm.meta-llama/Llama-2-7b-hf := llama_2_7b
 known-llm.mistralai/Mistral-7B-v0.1 := mistral_7b
 known-llm.microsoft/phi-2 := phi_2
 # Hydra reads the inner quotes, so that paths may have spaces, parentheses and commas.
-paper-texts = $(if $(WIKITEXT),"data.text.root='$(WIKITEXT)'") $(if $(CNN),"data.summaries.root='$(CNN)'")
+folder = $(if $(2),"$(1)='$(2)'")
+paper-texts = $(call folder,data.text.root,$(WIKITEXT)) $(call folder,data.summaries.root,$(CNN))
 from-checkpoint = base.checkpoint=results/checkpoints/$(1)-seed0.safetensors
 
 .PHONY: setup
@@ -77,7 +78,7 @@ study-geometry: $(STAMP) ## the full geometry study behind the reference records
 reproduce-vit: $(STAMP) ## ViT claims: offline on digit scenes, or PROFILE=paper IMAGENET=/data/imagenet
 	@$(call known-profile)
 ifeq ($(PROFILE),paper)
-	$(BIN)/python scripts/vision.py experiment=vit/imagenet profile=paper "data.root='$(IMAGENET)'" $(OVERRIDES)
+	$(BIN)/python scripts/vision.py experiment=vit/imagenet profile=paper $(call folder,data.root,$(IMAGENET)) $(OVERRIDES)
 	$(BIN)/python scripts/benchmark.py benchmark=vision_speed_gpu profile=paper
 else
 	$(BIN)/python scripts/vision.py experiment=vit/digit_scenes profile=reproduce $(call from-checkpoint,vit-digit-scenes) $(OVERRIDES)
@@ -88,7 +89,7 @@ endif
 reproduce-cifar: $(STAMP) ## robustness claim: offline on corrupted digits, or PROFILE=paper CIFAR=/data/cifar
 	@$(call known-profile)
 ifeq ($(PROFILE),paper)
-	$(BIN)/python scripts/vision.py experiment=cifar/cifar100 profile=paper "data.root='$(CIFAR)'" $(OVERRIDES)
+	$(BIN)/python scripts/vision.py experiment=cifar/cifar100 profile=paper $(call folder,data.root,$(CIFAR)) $(OVERRIDES)
 else
 	$(BIN)/python scripts/vision.py experiment=cifar/digits profile=reproduce $(call from-checkpoint,cifar-digits) $(OVERRIDES)
 endif

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from entreg import distributed
-from entreg.errors import ConfigError, EntregError, OutputError
+from entreg.errors import ConfigError, EntregError, OutputError, first_line
 from entreg.names import nearest, suggestion
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -160,6 +160,8 @@ def _run_hydra(function: Callable[[Any], Any], config_name: str, folder: Path, c
         if multirun.RegisterSweep.begun is not None:
             return conclude(multirun.RegisterSweep.begun, stopped=error)
         # Before the function began, the only files that are written are Hydra's logs and snapshots.
+        if not task.entered and isinstance(error, ValueError) and str(error).startswith("Config group override"):
+            raise ConfigError(f"The configuration is wrong: {first_line(error).rstrip('.')}.") from error
         if task.entered or not isinstance(error, OSError) or error.errno not in _OUTPUT_ERRORS:
             raise
         raise OutputError(
@@ -222,14 +224,14 @@ def _as_sentence(error: Exception, config_name: str, folder: Path) -> EntregErro
     for cause in chain:
         if isinstance(cause, EntregError):
             return cause
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    line = first_line(error).rstrip(".")
     if isinstance(error, OverrideParseException):
         return ConfigError(
-            f"The override {error.override!r} cannot be read ({first_line}); write it as key=value, a value with other "
+            f"The override {error.override!r} cannot be read ({line}); write it as key=value, a value with other "
             """than plain characters in quotes of its own: "key='value'"."""
         )
     if isinstance(error, MissingConfigException):
-        return ConfigError(_missing_config(error, first_line, config_name, folder))
+        return ConfigError(_missing_config(error, line, config_name, folder))
     inside = re.match(r"In '([^']+)': Could not override '([^']+)'", str(error))
     if inside:
         return ConfigError(
@@ -257,15 +259,15 @@ def _as_sentence(error: Exception, config_name: str, folder: Path) -> EntregErro
         return ConfigError(f"A configuration file is not valid YAML: {' '.join(str(error).split())}.")
     place = ""
     omega = next((cause for cause in chain if isinstance(cause, OmegaConfBaseException)), None)
-    if omega is not None and getattr(omega, "full_key", None) and omega.full_key not in first_line:
+    if omega is not None and getattr(omega, "full_key", None) and omega.full_key not in line:
         place = f" at {omega.full_key!r}"
-    return ConfigError(f"The configuration is wrong{place}: {first_line}.")
+    return ConfigError(f"The configuration is wrong{place}: {line}.")
 
 
-def _missing_config(error: Any, first_line: str, config_name: str, folder: Path) -> str:
+def _missing_config(error: Any, line: str, config_name: str, folder: Path) -> str:
     missing = error.missing_cfg_file
     if missing is None:
-        return f"{first_line}."
+        return f"{line}."
     missing = missing.removesuffix(".yaml")
     group, _, name = missing.rpartition("/")
     if name in _PLUGINS.get(group, ()):

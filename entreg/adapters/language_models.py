@@ -138,35 +138,64 @@ def load_language_model(
         OutputError: the cache folder cannot be written.
     """
     torch_dtype, torch_device = _dtype_and_device(dtype, device)
-    if name in PACKAGED_MODELS:
-        asset = ASSETS[name]
-        folder = _converted(name, asset.member_sha256)
-        revision = {"source": asset.requirement, "sha256": asset.member_sha256}
-    elif name.endswith(".gguf"):
-        if not Path(name).expanduser().is_file():
-            raise AssetError(f"there is no file {name}")
-        folder = _converted(name, _file_sha256(Path(name).expanduser()))
-        revision = {"source": name, "sha256": folder.name.partition("-")[0]}
-    elif Path(name).expanduser().is_dir():
-        folder = Path(name).expanduser()
-        revision = {"source": name}
-    elif is_hub_name(name):
-        # The configuration first: what is wrong with it need not wait for gigabytes of weights.
-        _require_causal(hub_folder(name, ["config.json"]), name)
-        folder = hub_folder(name, _HUB_FILES)
-        revision = {"source": name, "commit": folder.name}
-    else:
-        raise AssetError(
-            f"there is no folder {name} with a language model; name one, or {', '.join(PACKAGED_MODELS)}, or a model "
-            "of the hub such as meta-llama/Llama-2-7b-hf"
-        )
-    _require_causal(folder, name)
-    _require_whole_weights(folder)
+    folder, revision = _located(name)
     if len(revision) == 1:
         revision["sha256"] = _folder_sha256(folder)
     tokenizer = _read_tokenizer(folder, name)
     model = _read_model(folder, name, torch_dtype, torch_device, attention)
     return LanguageModel(model, tokenizer, name, revision)
+
+
+def require_language_model(name: str) -> None:
+    """Make sure that a model is there, whole and a causal decoder; what the hub has is fetched, nothing is loaded.
+
+    Args:
+        name: as for :func:`load_language_model`.
+
+    Raises:
+        ConfigError, AssetError, OutputError: as :func:`load_language_model`.
+    """
+    _located(name)
+
+
+def require_named(name: str) -> None:
+    """Make sure that a name can be that of a model, without looking into it or asking the hub.
+
+    Args:
+        name: as for :func:`load_language_model`.
+
+    Raises:
+        AssetError: it is neither a packaged model nor a file or folder that is there nor like a name of the hub.
+    """
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise AssetError(f"there is no file {name}; {_NAME_A_MODEL}")
+    elif name not in PACKAGED_MODELS and not path.is_dir() and not is_hub_name(name):
+        raise AssetError(f"there is no folder {name} with a language model; {_NAME_A_MODEL}")
+
+
+def _located(name: str) -> tuple[Path, dict[str, str]]:
+    """The folder of a whole causal decoder, and what is known of its revision."""
+    require_named(name)
+    if name in PACKAGED_MODELS:
+        asset = ASSETS[name]
+        folder = _converted(name, asset.member_sha256)
+        revision = {"source": asset.requirement, "sha256": asset.member_sha256}
+    elif name.endswith(".gguf"):
+        folder = _converted(name, _file_sha256(Path(name).expanduser()))
+        revision = {"source": name, "sha256": folder.name.partition("-")[0]}
+    elif Path(name).expanduser().is_dir():
+        folder = Path(name).expanduser()
+        revision = {"source": name}
+    else:
+        # The configuration first: what is wrong with it need not wait for gigabytes of weights.
+        _require_causal(hub_folder(name, ["config.json"], keys=_KEYS), name)
+        folder = hub_folder(name, _HUB_FILES, keys=_KEYS)
+        revision = {"source": name, "commit": folder.name}
+    _require_causal(folder, name)
+    _require_whole_weights(folder)
+    return folder, revision
 
 
 def random_language_model(
@@ -259,6 +288,10 @@ def _dtype_and_device(dtype: str, device: str) -> tuple[torch.dtype, torch.devic
     return DTYPES[dtype], found
 
 
+_KEYS = "MODEL= of make or model.name="
+_NAME_A_MODEL = (
+    f"name one, or {', '.join(PACKAGED_MODELS)}, or a model of the hub such as meta-llama/Llama-2-7b-hf, as {_KEYS}"
+)
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 

@@ -8,8 +8,28 @@ from typing import Any
 from torch import nn
 
 from entreg.cli import nearest
+from entreg.compat import ensure_torchvision
 from entreg.errors import AssetError, ConfigError
+from entreg.names import nearest
 from entreg.weights import load_weights
+
+
+def require_architecture(name: str) -> None:
+    """Make sure that timm has an architecture, without making a model.
+
+    Args:
+        name: as for :func:`vision_model`.
+
+    Raises:
+        ConfigError: it has not, or is not installed.
+    """
+    ensure_torchvision()
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise ConfigError("vision models need timm: install entreg[vision]") from error
+    if not timm.is_model(name):
+        raise ConfigError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
 
 
 def vision_model(
@@ -40,6 +60,9 @@ def vision_model(
         raise ConfigError("vision models need timm: install entreg[vision]") from error
     if not timm.is_model(name):
         raise ConfigError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
+    require_architecture(name)
+    import timm
+
     fetch = pretrained and checkpoint is None
     try:
         model = timm.create_model(name, pretrained=fetch, **options)

@@ -14,12 +14,13 @@ def is_hub_name(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
 
 
-def hub_folder(name: str, files: Sequence[str], *, data_set: bool = False) -> Path:
+def hub_folder(name: str, files: Sequence[str], *, keys: str, data_set: bool = False) -> Path:
     """A folder with files of the hub, in the hub's own cache; what the cache lacks is fetched.
 
     Args:
         name: ``owner/name``.
         files: patterns of the files that are needed, e.g. ``*.json``.
+        keys: how a folder is named instead, for the sentence of the error.
         data_set: of a data set rather than of a model.
 
     Returns:
@@ -37,7 +38,7 @@ def hub_folder(name: str, files: Sequence[str], *, data_set: bool = False) -> Pa
     kind, address = ("dataset", f"datasets/{name}") if data_set else ("model", name)
     options = f" --repo-type dataset --include '{files[0]}'" if data_set else ""
     command = f"hf download {name}{options} --local-dir FOLDER"
-    get = f"run `{command}` where there is a network, and name that folder"
+    get = f"run `{command}` where there is a network, and name that folder as {keys}"
     try:
         return Path(huggingface_hub.snapshot_download(name, repo_type=kind, allow_patterns=list(files)))
     except GatedRepoError as error:

@@ -197,9 +197,11 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def _local_file(root: str | Path | None, name: str, title: str, url: str, fetch: Callable[[str], Any] | None) -> Path:
     """The file ``name`` below ``root``; fetched first when it is missing and ``fetch`` is given."""
-    get = f"get it from {url}, or set data.download=true"
-    if root is None:
-        raise ConfigError(f"data.root is not set: {title} needs the folder that holds {name.split('/')[0]}; {get}")
+    variable = "CIFAR= of make or " if title == "CIFAR-100" else ""
+    folder = f"the folder that holds {name.split('/')[0]}"
+    get = f"get it from {url} and name {folder} as {variable}data.root=, or set data.download=true with it"
+    if not root:
+        raise ConfigError(f"data.root is not set: {title} needs {folder}; {get}")
     path = Path(root).expanduser() / name
     if path.is_file():
         return path
@@ -208,7 +210,7 @@ def _local_file(root: str | Path | None, name: str, title: str, url: str, fetch:
     try:
         fetch(str(path.parents[name.count("/")]))
     except (OSError, RuntimeError) as error:
-        raise AssetError(f"{title} cannot be fetched ({first_line(error)}); {get.split(',')[0]}") from error
+        raise AssetError(f"{title} cannot be fetched ({first_line(error)}); get it from {url}") from error
     return path
 
 

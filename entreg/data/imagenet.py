@@ -22,8 +22,9 @@ from entreg.errors import AssetError, ConfigError, first_line
 IMAGENET_CLASSES = 1000
 
 _GET_IMAGENET = (
-    "get it from https://image-net.org or https://huggingface.co/datasets/ILSVRC/imagenet-1k, and set data.root to the "
-    "folder with train/ and val/, or data/train-*.parquet and data/validation-*.parquet, or *train*.tar and *val*.tar"
+    "get it from https://image-net.org or https://huggingface.co/datasets/ILSVRC/imagenet-1k, and name the folder with "
+    "train/ and val/, or data/train-*.parquet and data/validation-*.parquet, or *train*.tar and *val*.tar, as "
+    "IMAGENET= of make or data.root="
 )
 
 
@@ -49,7 +50,7 @@ def imagenet(
         AssetError: the root is no such folder, or classes, images or parquet files are missing or too many.
         ConfigError: no root is given, or the layout is parquet and ``datasets`` is not installed.
     """
-    if root is None:
+    if not root:
         raise ConfigError(f"data.root is not set: ImageNet is not fetched by itself; {_GET_IMAGENET}")
     word = {"train": "train", "val": "validation"}[part]
     if streaming:

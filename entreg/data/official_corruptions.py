@@ -45,7 +45,10 @@ class OfficialCorruptions(CorruptedSet):
     ) -> None:
         self.folder = Path(folder).expanduser()
         if not self.folder.is_dir():
-            raise AssetError(f"there is no folder {self.folder} with the corrupted images; {DOWNLOAD}")
+            raise AssetError(
+                f"there is no folder {self.folder} with the corrupted images (it belongs into the folder that CIFAR= "
+                f"of make or data.root= names); {DOWNLOAD}"
+            )
         present = {name for name in ALL_CORRUPTIONS if (self.folder / f"{name}.npy").is_file()}
         missing = [f"{name}.npy" for name in CORRUPTIONS if name not in present]
         if not (self.folder / "labels.npy").is_file():

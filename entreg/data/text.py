@@ -92,7 +92,7 @@ def corpus(name: str, root: str | Path | None = None, split: str | None = None) 
     require_known([name], [*_PACKAGED, *_TABLES], "text corpus")
     if name in _PACKAGED:
         if root is not None:
-            raise ConfigError(f"data.root is set to {root}, but {name} comes as a package and has none")
+            raise ConfigError(f"a root is set to {root}, but {name} comes as a package and has none")
         whole = _PACKAGED[name]()
         return whole if split is None else whole.part(split)
     return _TABLES[name](root, SPLITS if split is None else (split,))
@@ -121,9 +121,9 @@ def _news_sample() -> Corpus:
 def _wikitext_2(root: str | Path | None, splits: Sequence[str]) -> Corpus:
     documents, of_split = [], []
     for split in splits:
-        rows = _columns(_Source("wikitext_2", "Salesforce/wikitext", "wikitext-2-raw-v1", root), split, ["text"])[
-            "text"
-        ]
+        keys = "WIKITEXT= of make or data.text.root="
+        source = _Source("wikitext_2", "Salesforce/wikitext", "wikitext-2-raw-v1", root, keys)
+        rows = _columns(source, split, ["text"])["text"]
         if sum(row.count("<unk>") for row in rows[:2000]) > 20:
             raise AssetError(
                 "this WikiText-2 has its rare words replaced by <unk>; take wikitext-2-raw-v1, the raw version"
@@ -144,7 +144,7 @@ def _wikitext_2(root: str | Path | None, splits: Sequence[str]) -> Corpus:
 def _cnn_dailymail(root: str | Path | None, splits: Sequence[str]) -> Corpus:
     documents, references, of_split = [], [], []
     for split in splits:
-        source = _Source("cnn_dailymail", "abisee/cnn_dailymail", "3.0.0", root)
+        source = _Source("cnn_dailymail", "abisee/cnn_dailymail", "3.0.0", root, "CNN= of make or data.summaries.root=")
         table = _columns(source, split, ["article", "highlights"])
         documents += table["article"]
         references += table["highlights"]
@@ -160,27 +160,31 @@ _WIKITEXT_TITLE = re.compile(r" = [^=\s](?:.*[^=\s])? = \n?")
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a data set of the hub is taken from: its own name there and its configuration, or the user's root."""
+    """Where a data set of the hub is taken from: its own name there and its configuration, or the user's root.
+
+    ``keys`` says how to name the root.
+    """
 
     name: str
     hub: str
     configuration: str
     root: str | Path | None
+    keys: str
 
     @property
     def advice(self) -> str:
         command = f"hf download {self.hub} --repo-type dataset --include '{self.configuration}/*'"
-        return f"fetch it with `{command} --local-dir FOLDER` and set data.root to that folder"
+        return f"fetch it with `{command} --local-dir FOLDER` and name that folder as {self.keys}"
 
 
 def _folder(source: _Source, split: str) -> Path:
     """The folder with a split: the user's own, or the hub's cache."""
-    if source.root is not None and Path(source.root).expanduser().is_dir():
+    if source.root and Path(source.root).expanduser().is_dir():
         return Path(source.root).expanduser()
-    name = source.hub if source.root is None else str(source.root)
+    name = str(source.root) if source.root else source.hub
     if not is_hub_name(name):
         raise AssetError(f"there is no folder {name} with {source.name}; {source.advice}")
-    return hub_folder(name, [f"{source.configuration}/{split}-*.parquet"], data_set=True)
+    return hub_folder(name, [f"{source.configuration}/{split}-*.parquet"], keys=source.keys, data_set=True)
 
 
 def _columns(source: _Source, split: str, columns: Sequence[str]) -> dict[str, list[str]]:

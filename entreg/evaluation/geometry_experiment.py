@@ -87,6 +87,19 @@ class GeometryRun:
         variant = "" if self.variant == "default" else f" {self.variant}"
         return f"{self.distribution} seed {self.seed}{variant}"
 
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What decides which data are needed."""
+        return {"distribution": self.distribution}
+
+    def require_inputs(self) -> None:
+        """Look at the points.
+
+        Raises:
+            AssetError: they are not there and cannot be fetched.
+        """
+        load_points(self.distribution, self.sizes[0], self.seed)
+
     def make_record(self, command: str, directory: RunDirectory) -> dict[str, Any]:
         """See :func:`run_geometry`."""
         record = run_geometry(self, command, directory.measures)

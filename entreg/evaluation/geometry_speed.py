@@ -441,6 +441,9 @@ def run_geometry_speed(
     require_writable(store)
     records = RecordStore(store)
     seed = profile["seeds"][0]
+    for distribution in distributions:
+        # Real points must be there before any others are timed.
+        benchmark_points(distribution, sizes[0], seed)
     family = FAMILIES[problem]()
     paths = []
     for distribution in progress(distributions, f"{problem} benchmark"):

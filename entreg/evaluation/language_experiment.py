@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from entreg.adapters import probe, sparsify
-from entreg.adapters.language_models import DTYPES, LanguageModel, load_language_model, random_language_model
+from entreg.adapters.language_models import (
+    DTYPES,
+    LanguageModel,
+    load_language_model,
+    random_language_model,
+    require_language_model,
+    require_named,
+)
 from entreg.atomic import require_writable
 from entreg.data.language_tasks import token_windows
 from entreg.data.text import Corpus
@@ -102,6 +109,25 @@ class LanguageRun:
     def label(self) -> str:
         """Method and seed."""
         return f"{self.config['method']} seed {self.config['seed']}"
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What decides which texts and models are needed."""
+        training = _settings(self).steps > 0
+        return {**{key: self.config[key] for key in ("data", "model", "evaluation")}, "training": training}
+
+    def require_inputs(self) -> None:
+        """Look at the texts and the model: first what is on disk, then what the hub has.
+
+        Raises:
+            ConfigError, AssetError: what is missing or damaged.
+        """
+        spec = self.config["model"]
+        if spec["architecture"] is None:
+            require_named(spec["name"])
+        open_corpora(self.config["evaluation"], self.config["data"], training=self.inputs["training"])
+        if spec["architecture"] is None:
+            require_language_model(spec["name"])
 
     def make_record(self, command: str, directory: RunDirectory) -> dict[str, Any]:
         """See :func:`run_language`.

@@ -43,6 +43,7 @@ from entreg.adapters.language_models import (
     load_language_model,
     random_language_model,
     require_context,
+    require_language_model,
 )
 from entreg.atomic import require_writable
 from entreg.errors import ConfigError, InputError
@@ -162,6 +163,9 @@ def run_language_speed(
         require_possible_architecture(config)
     require_writable(store)
     records = RecordStore(store)
+    missing = [config["source"] for config in configs if force or records.find(EXPERIMENT, config) is None]
+    for name in dict.fromkeys(source["name"] for source in missing if "name" in source):
+        require_language_model(name)
     paths = []
     last: tuple[Any, LanguageModel] | None = None
     for config in progress(configs, "language models' speed"):

@@ -41,6 +41,15 @@ class Run(Protocol):
     @property
     def label(self) -> str: ...
 
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """Parts of the configuration that say which data and models the run needs."""
+        ...
+
+    def require_inputs(self) -> None:
+        """Look at all of them before anything slow; raises what is missing or damaged."""
+        ...
+
     def make_record(self, command: str, directory: RunDirectory) -> dict[str, Any]:
         """Do the run; what it has measured may be kept in its directory, see :mod:`entreg.runs.finished`."""
         ...
@@ -91,6 +100,7 @@ def run_all(runs: Sequence[Run], *, store: str | Path, command: str, force: bool
         The records in the order of ``runs``, old ones included.
 
     Raises:
+        ConfigError, AssetError: data or a model that a run needs are missing or damaged; nothing has been run then.
         OutputError: a record or checkpoint cannot be written.
         BusyError: another process is at a run, and this one does not wait for it.
         Exception: what the first run that failed did.
@@ -101,6 +111,7 @@ def run_all(runs: Sequence[Run], *, store: str | Path, command: str, force: bool
     left = list(range(len(runs)))
     with distributed.joined(runs[0].config.get("device", "cpu") if runs else "cpu"):
         distributed.from_first(lambda: require_writable(store))
+        distributed.from_first(lambda: _require_inputs(runs, records, force))
         plan_job([_planned(run, records) for run in runs], command=command)
         # First what nobody else is at, then, where nothing else is left to do, what others have left undone.
         for wait in (False, True) if not distributed.launched() and (needs_value() or not is_multirun()) else (False,):
@@ -128,6 +139,15 @@ def run_all(runs: Sequence[Run], *, store: str | Path, command: str, force: bool
         holder = told(RunDirectory.of(store, run.experiment, run.config).lock.holder())
         raise BusyError(f"{run.experiment} {run.label} is being run by {holder}.")
     return [found[number] for number in range(len(runs))]
+
+
+def _require_inputs(runs: Sequence[Run], records: RecordStore, force: bool) -> None:
+    """What is missing is said once and at the start, not by each run that needs it."""
+    looked_at: list[Mapping[str, Any]] = []
+    for run in runs:
+        if run.inputs not in looked_at and (force or records.find(run.experiment, run.config) is None):
+            run.require_inputs()
+            looked_at.append(run.inputs)
 
 
 def _planned(run: Run, records: RecordStore) -> tuple[str, Path, Path]:

@@ -76,6 +76,25 @@ class VisionRun:
         base = {**self.config["base"], "trainer": _settings(self, "base").deciding()}
         return {**{key: self.config[key] for key in ("data", "model", "seed", "device")}, "base": base}
 
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What decides which data and models are needed."""
+        evaluation = {key: self.config["evaluation"][key] for key in ("splits", "limit", "localisation", "robustness")}
+        weights = {"checkpoint": self.config["base"]["checkpoint"]}
+        return {"data": self.config["data"], "model": self.config["model"], "base": weights, "evaluation": evaluation}
+
+    def require_inputs(self) -> None:
+        """Look at the data, the model and its weights.
+
+        Raises:
+            ConfigError, InputError, AssetError: what is missing, damaged or does not fit.
+        """
+        open_datasets(self.config["evaluation"], self.config["data"])
+        with kept_random_state():
+            model = _stock_model(self)
+        if self.config["base"]["checkpoint"] is not None:
+            load_model_weights(model, self.config["base"]["checkpoint"])
+
     def make_record(self, command: str, directory: RunDirectory) -> dict[str, Any]:
         """See :func:`run_vision`."""
         return run_vision(self, command, directory.measures)
@@ -176,14 +195,7 @@ def dense_model(run: VisionRun, dataset: Any) -> tuple[nn.Module, float]:
     """The dense model of the run's seed, from its checkpoint or trained, and the seconds that training took."""
     settings = _settings(run, "base")
     torch.manual_seed(run.config["seed"])
-    spec = run.config["model"]
-    model = vision_model(
-        spec["name"],
-        pretrained=spec["pretrained"],
-        checkpoint=spec["checkpoint"],
-        fused_attention=spec["fused_attention"],
-        **spec["options"],
-    )
+    model = _stock_model(run)
     checkpoint = run.config["base"]["checkpoint"]
     if checkpoint is not None:
         load_model_weights(model, checkpoint)
@@ -210,6 +222,17 @@ def dense_model(run: VisionRun, dataset: Any) -> tuple[nn.Module, float]:
             watch=_watch(run, dataset, tracker),
         )
     return model, result.seconds
+
+
+def _stock_model(run: VisionRun) -> nn.Module:
+    spec = run.config["model"]
+    return vision_model(
+        spec["name"],
+        pretrained=spec["pretrained"],
+        checkpoint=spec["checkpoint"],
+        fused_attention=spec["fused_attention"],
+        **spec["options"],
+    )
 
 
 def _watch(run: VisionRun, dataset: Any, tracker: Tracker) -> AttentionWatch | None:

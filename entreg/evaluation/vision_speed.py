@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from entreg.adapters import SparsifyHandle, sparsify
+from entreg.adapters.timm_models import require_architecture
 from entreg.atomic import require_writable
 from entreg.errors import ConfigError
 from entreg.evaluation.regularizer_cost import peak_memory
@@ -339,6 +340,7 @@ def _checked_model(name: str, model: Mapping[str, Any], options: Mapping[str, An
     keys = {"name", "options", "plans", "rivals", "unfused"}
     if set(model) != keys:
         raise ConfigError(f"the speed benchmark's model '{name}' must have exactly the keys {', '.join(sorted(keys))}")
+    require_architecture(model["name"])
     plans = {**model["plans"], **model["rivals"]}
     for plan, values in plans.items():
         if sparsity_from_mapping(values) is None:

@@ -220,7 +220,7 @@ FAULTS = (
     ),
     Fault(
         "a text corpus comes with a loading script",
-        "… holds no …; fetch it with … and set data.root to that folder",
+        "… holds no …; fetch it with … and name that folder as WIKITEXT= of make or data.text.root=",
         NOT_RUN,
         loading_script,
     ),
