@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from entreg.errors import InputError
+from entreg.names import require_choice
 
 SCHEDULES = ("constant", "linear", "cosine", "target")
 
@@ -61,8 +62,7 @@ class Term:
     maximum_weight: float = 1e3
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise InputError(f"schedule must be one of {SCHEDULES}, got {self.schedule!r}")
+        require_choice("schedule", self.schedule, SCHEDULES, InputError)
         for name in ("weight", "final_weight"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):

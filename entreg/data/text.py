@@ -89,13 +89,22 @@ def corpus(name: str, root: str | Path | None = None, split: str | None = None) 
     """
     if split is not None:
         _require_split(split)
-    require_known([name], [*_PACKAGED, *_TABLES], "text corpus")
+    require_corpus(name)
     if name in _PACKAGED:
         if root is not None:
             raise ConfigError(f"a root is set to {root}, but {name} comes as a package and has none")
         whole = _PACKAGED[name]()
         return whole if split is None else whole.part(split)
     return _TABLES[name](root, SPLITS if split is None else (split,))
+
+
+def require_corpus(name: str) -> None:
+    """Make sure that there is a corpus of this name; none of its files is looked at.
+
+    Raises:
+        ConfigError: there is not.
+    """
+    require_known([name], [*_PACKAGED, *_TABLES], "text corpus")
 
 
 @lru_cache(maxsize=1)

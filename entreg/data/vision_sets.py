@@ -9,7 +9,7 @@ held out from the training images.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -57,13 +57,10 @@ def vision_dataset(config: Mapping[str, Any], split: str) -> Dataset:
         InputError: a value out of range.
         AssetError: files are missing or not what they should be; the sentence says how to get them.
     """
-    name = _checked_name(config)
+    name = check_vision_dataset(config)
     require_known([split], SPLITS, "split")
     if name in _SCENES:
-        values = {key: value for key, value in config.items() if key != "name"}
-        _check_keys(values, _scene_keys(name), f"data '{name}'")
-        return _SCENES[name](split, **values)
-    _check_keys(config, _IMAGE_KEYS | _SOURCE_KEYS[name], f"data '{name}'")
+        return _SCENES[name](split, **{key: value for key, value in config.items() if key != "name"})
     source = _source(config, split)
     settings = preprocessing(config["preprocessing"])
     masks = None
@@ -74,6 +71,20 @@ def vision_dataset(config: Mapping[str, Any], split: str) -> Dataset:
     if masks is not None and not any(masks.path(source.names[index]) for index in dataset.indices):
         raise AssetError(f"{config['masks']} holds no mask of any image of split '{split}'")
     return dataset
+
+
+def check_vision_dataset(config: Mapping[str, Any]) -> str:
+    """The name of the data set that a configuration names; none of its files is looked at.
+
+    Raises:
+        ConfigError: unknown name or key.
+    """
+    name = _checked_name(config)
+    if name in _SCENES:
+        _check_keys(set(config) - {"name"}, _scene_keys(name), f"data '{name}'")
+    else:
+        _check_keys(config, _IMAGE_KEYS | _SOURCE_KEYS[name], f"data '{name}'")
+    return name
 
 
 def describe_dataset(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,5 +274,5 @@ def _scene_keys(name: str) -> frozenset[str]:
     return frozenset(inspect.signature(_SCENES[name]).parameters) - {"split"}
 
 
-def _check_keys(values: Mapping[str, Any], known: frozenset[str], what: str) -> None:
+def _check_keys(values: Iterable[str], known: frozenset[str], what: str) -> None:
     require_known(values, sorted(known), "key", what)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from entreg.errors import InputError
+from entreg.names import require_choice
 
 ANCHOR_METHODS = ("kmeans++", "farthest", "random")
 HALFSPACE_METHODS = ("principal", "random")
@@ -30,8 +31,7 @@ def choose_anchors(points: Tensor, count: int, method: str, seed: int) -> Tensor
             fewer distinct points.
     """
     data = _finite_float64(points)
-    if method not in ANCHOR_METHODS:
-        raise InputError(f"method must be one of {ANCHOR_METHODS}, got {method!r}")
+    require_choice("method", method, ANCHOR_METHODS, InputError)
     if len(data) < count:
         raise InputError(f"{count} anchors need at least {count} points, got {len(data)}")
     generator = torch.Generator().manual_seed(seed)
@@ -81,8 +81,7 @@ def choose_halfspaces(points: Tensor, count: int, method: str, seed: int) -> tup
         InputError: non-finite points or unknown method.
     """
     data = _finite_float64(points)
-    if method not in HALFSPACE_METHODS:
-        raise InputError(f"method must be one of {HALFSPACE_METHODS}, got {method!r}")
+    require_choice("method", method, HALFSPACE_METHODS, InputError)
     dim = data.shape[1]
     index = torch.arange(count)
     if method == "random":

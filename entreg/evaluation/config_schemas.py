@@ -61,7 +61,7 @@ _STUDY = {
     "name": str | None,
     "method": str,
     "checkpoints": str,
-    "resume": str | None,
+    "resume": [Rule(str, "auto", lambda value: value == "auto"), None],
     "device": str,
     "trainer": TrainingSettings,
     "sparsity": dict,

@@ -29,7 +29,7 @@ from entreg.adapters.language_models import (
 )
 from entreg.atomic import require_writable
 from entreg.data.language_tasks import token_windows
-from entreg.data.text import Corpus
+from entreg.data.text import Corpus, require_corpus
 from entreg.errors import ConfigError
 from entreg.evaluation.config_schemas import LANGUAGE
 from entreg.evaluation.language_evaluation import (
@@ -59,6 +59,7 @@ from entreg.training.language import (
 )
 from entreg.training.loop import TrainingResult, TrainingSettings, train, training_settings_from_mapping
 from entreg.training.penalties import Penalties, penalty_from_mapping
+from entreg.training.state import require_optimizer
 from entreg.training.vision import frozen_copy, prepare_penalties
 
 CHECKED = ("data", "model.options", "training.adaptation", "regularizer.penalties", "sparsity", "evaluation.plans")
@@ -168,8 +169,9 @@ def plan_run(config: Mapping[str, Any]) -> LanguageRun:
     tracker = tracker_settings_from_mapping(config["tracker"])
     run = LanguageRun(kept, Path(config["checkpoints"]), config["resume"], tracker)
     require_choice("model.dtype", kept["model"]["dtype"], DTYPES)
-    if _settings(run).steps > 0:
-        _check_training(run)
+    for corpus in ("text", "summaries"):
+        require_corpus(kept["data"][corpus]["name"])
+    _check_training(run)
     check_evaluation(kept["evaluation"])
     return run
 
@@ -407,6 +409,7 @@ def _check_training(run: LanguageRun) -> None:
     """What the training's own parts would refuse only once the model is there."""
     training, regularizer = run.config["training"], run.config["regularizer"]
     require_choice("training.dtype", training["dtype"], DTYPES)
+    require_optimizer(_settings(run).optimizer)
     if regularizer["label_smoothing"] != 0:
         raise ConfigError("language models are trained without label smoothing: regularizer.label_smoothing must be 0")
     _penalties(run).require_decoder()

@@ -116,14 +116,19 @@ def checked_config(config: DictConfig, overrides: Sequence[str], entry: str) -> 
             option that was typed and would not be served under the profile.
     """
     plain = OmegaConf.to_container(config, resolve=True)
-    require_fit(plain, SCHEMAS[entry])
+    check_values(plain, overrides, entry)
+    return plain
+
+
+def check_values(config: Mapping[str, Any], overrides: Sequence[str], entry: str) -> None:
+    """The checks of :func:`checked_config` on plain values."""
+    require_fit(config, SCHEMAS[entry])
     if entry == "benchmark":
-        for key, benchmark in _benchmarks(plain):
+        for key, benchmark in _benchmarks(config):
             _require_arguments(key, benchmark)
     typed = [_key_of(text) for text in overrides]
-    _check_lists(plain, typed, entry)
-    _check_limits(plain, typed, entry)
-    return plain
+    _check_lists(config, typed, entry)
+    _check_limits(config, typed, entry)
 
 
 def _key_of(override: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from entreg.records.claims import judge_all, load_claims
-from entreg.records.comparison import compare_with_reference
+from entreg.records.comparison import Basis, compare_with_reference
 from entreg.records.registry import discover
 from entreg.records.store import REFERENCE_ROOT, RecordStore
 from entreg.records.tables import MISSING, Table, table_registry
@@ -45,6 +45,7 @@ def comparison(
     *,
     title: str,
     text: Callable[[float], str],
+    basis: Basis,
     tolerance: float = 0.25,
     derive: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
 ) -> list[str]:
@@ -56,8 +57,9 @@ def comparison(
         records: those of this call.
         store: the folder they lie in.
         reference: folder of the reference records.
-        keys, value, title, text, tolerance: see :func:`entreg.records.comparison.compare_with_reference`; ``method``
-            among the keys is looked up in a record's configuration where the row has none.
+        keys, value, title, text, basis, tolerance: see
+            :func:`entreg.records.comparison.compare_with_reference`; ``method`` among the keys is looked up in a
+            record's configuration where the row has none.
         derive: applied to every record, fresh or reference, before they are compared; may add fields to its rows.
     """
     if Path(store).resolve() == Path(reference).resolve() or all(r["scale"] == "smoke" for r in records):
@@ -71,7 +73,9 @@ def comparison(
         for r in RecordStore(reference).load_all()
         if r["seed"] in seeds and r["experiment"] in experiments
     ]
-    table = compare_with_reference(records, committed, keys, value, title=title, text=text, tolerance=tolerance)
+    table = compare_with_reference(
+        records, committed, keys, value, title=title, text=text, tolerance=tolerance, basis=basis
+    )
     return [table.to_text()]
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from entreg.adapters import probe, sparsify
+from entreg.adapters.timm_models import require_architecture
 from entreg.atomic import require_writable
 from entreg.errors import ConfigError
 from entreg.evaluation.regularizer_cost import peak_memory
@@ -77,12 +78,16 @@ def run_training_cost(
         ConfigError: an unknown or impossible value.
     """
     require_choice("precision", precision, _PRECISIONS)
-    if ours not in methods or PLAIN in methods:
-        raise ConfigError(f"ours must be one of the methods, and none of them may be called '{PLAIN}', got '{ours}'")
+    require_architecture(model)
+    require_choice("ours", ours, methods)
+    if PLAIN in methods:
+        raise ConfigError(f"none of the methods may be called '{PLAIN}'")
     for name, method in methods.items():
         require_known(method, sorted(_METHOD_KEYS), "key", f"method '{name}' of the training cost")
         for penalty in method.get("penalties", {}).values():
             penalty_from_mapping(penalty)
+        if method.get("sparsity"):
+            sparsity_from_mapping(method["sparsity"])
     if batch < 1 or training_images < 1:
         raise ConfigError(f"batch and training_images must be at least 1, got {batch} and {training_images}")
     speed_device(device)

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from entreg.adapters import probe, sparsify, vision_model
+from entreg.adapters.timm_models import require_architecture
 from entreg.atomic import require_writable
-from entreg.data.vision_sets import describe_dataset
+from entreg.data.vision_sets import check_vision_dataset, describe_dataset
 from entreg.errors import ConfigError
 from entreg.evaluation.config_schemas import TRAIN
 from entreg.evaluation.studies import NOT_RECORDED, chosen_device, last_step, scaled_trainer
@@ -38,6 +39,7 @@ from entreg.training.checkpoints import load_model_weights
 from entreg.training.curriculum import CellCurriculum, CurriculumSettings
 from entreg.training.loop import TrainingSettings, train, training_settings_from_mapping
 from entreg.training.penalties import Penalties, penalty_from_mapping
+from entreg.training.state import require_optimizer
 from entreg.training.vision import VisionObjective, frozen_copy, prepare_penalties
 
 CHECKED = ("data", "model.options", "sparsity", "regularizer.penalties", "evaluation.plans")
@@ -122,8 +124,10 @@ def plan_run(config: Mapping[str, Any]) -> VisionRun:
     kept["scale"] = profile["name"]
     tracker = tracker_settings_from_mapping(config["tracker"])
     run = VisionRun(kept, Path(config["checkpoints"]), config["resume"], tracker)
-    _settings(run, "trainer")
-    _settings(run, "base")
+    check_vision_dataset(kept["data"])
+    require_architecture(kept["model"]["name"])
+    require_optimizer(_settings(run, "trainer").optimizer)
+    require_optimizer(_settings(run, "base").optimizer)
     _curriculum_settings(run)
     path = sparsity_from_mapping(kept["sparsity"])
     if _penalties(run).needs_gate and getattr(path, "score", None) != "gate":

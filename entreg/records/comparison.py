@@ -1,7 +1,9 @@
-"""How a user's fresh numbers compare with the committed reference."""
+"""How a user's fresh numbers compare with the committed reference, and what follows from it."""
 
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from entreg.errors import InputError
@@ -9,6 +11,25 @@ from entreg.records.formatting import MISSING, number, ratio
 from entreg.records.tables import Table
 
 Key = tuple[Any, ...]
+
+# From this share of agreeing measurements on the whole counts as agreeing; our choice.
+_MOST = 0.8
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What the compared numbers are, so that it can be said what a deviation means.
+
+    Attributes:
+        timed: whether they are ratios of times taken in turns within one run; otherwise they are computed, and no
+            machine's speed or load changes them.
+        verdicts: ids of the claims whose verdicts rest on them.
+        deviates: of numbers that are computed, why they may deviate although nothing is wrong.
+    """
+
+    timed: bool
+    verdicts: tuple[str, ...]
+    deviates: str = ""
 
 
 def compare_with_reference(
@@ -20,6 +41,7 @@ def compare_with_reference(
     title: str = "Your numbers against the reference",
     tolerance: float = 0.25,
     text: Callable[[float], str] = number,
+    basis: Basis | None = None,
 ) -> Table:
     """Puts the same measurement of two sets of records side by side.
 
@@ -32,6 +54,7 @@ def compare_with_reference(
         title: the table's heading.
         tolerance: relative deviation up to which a row counts as agreeing.
         text: how to write a value.
+        basis: what the numbers are; with it, a second sentence says what follows.
 
     Returns:
         A table of the keys, the value here, the reference and their ratio, in the order of the new rows, with a
@@ -62,19 +85,60 @@ def compare_with_reference(
                 MISSING if quotient is None else ratio(quotient),
             ]
         )
-    return Table(
-        "comparison", title, [*keys, "here", "reference", "here / reference"], rows, [_summary(ratios, tolerance)]
-    )
+    notes = [_summary(ratios, tolerance)]
+    if basis is not None and ratios:
+        notes.append(_what_follows(ratios, tolerance, basis, _processors(new_records), _processors(reference_records)))
+    return Table("comparison", title, [*keys, "here", "reference", "here / reference"], rows, notes)
 
 
 def _summary(ratios: Sequence[float], tolerance: float) -> str:
     if not ratios:
         return "The reference holds none of these measurements."
-    agreeing = sum(1.0 / (1.0 + tolerance) <= value <= 1.0 + tolerance for value in ratios)
+    agreeing = _agreeing(ratios, tolerance)
     return (
         f"{agreeing} of {len(ratios)} measurements lie within {100 * tolerance:.0f} % of the reference; "
         f"median ratio {number(statistics.median(ratios))}."
     )
+
+
+def _agreeing(ratios: Sequence[float], tolerance: float) -> int:
+    return sum(1.0 / (1.0 + tolerance) <= value <= 1.0 + tolerance for value in ratios)
+
+
+def _what_follows(
+    ratios: Sequence[float], tolerance: float, basis: Basis, here: Sequence[str], there: Sequence[str]
+) -> str:
+    """Whether a deviation is the load, the machine or a fault, and which verdicts it touches."""
+    verdicts = f"the verdict{'s' * (len(basis.verdicts) > 1)} on {', '.join(basis.verdicts)}"
+    if _agreeing(ratios, tolerance) >= _MOST * len(ratios):
+        return f"What follows: this run confirms the reference, and {verdicts} can be relied on."
+    if not basis.timed:
+        return (
+            "What follows: these numbers are computed, so neither load nor a slower machine explains a deviation; "
+            f"{basis.deviates}; with the reference's settings, processor and library versions a deviation is a fault, "
+            f"please report it; {verdicts} must be read with that in mind."
+        )
+    machine = f"here as there {here[0]}" if list(here) == list(there) else f"{', '.join(here)}, not {', '.join(there)}"
+    return (
+        "What follows: nothing has failed, every exact answer was checked; only ratios of times within one run count, "
+        "so a machine that is slower throughout changes none of them, but other processes at the same time do "
+        f"({_load()}), and another processor does ({machine}); {verdicts} come from these ratios: where one differs "
+        "from the README's, run again on an idle machine with force=true, and report it as a fault if it still differs "
+        "on the reference's processor."
+    )
+
+
+def _load() -> str:
+    """How busy the machine is as the sentence is written."""
+    if not hasattr(os, "getloadavg"):
+        return "the load is not known here"
+    load, cores = os.getloadavg()[2], os.cpu_count() or 1
+    busy = "which explains a deviation" if load > 1.25 * cores else "so it is not that"
+    return f"in the last 15 minutes {load:.1f} wanted the {cores} cores, {busy}"
+
+
+def _processors(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    return sorted({record["device"]["cpu"] for record in records})
 
 
 def _averages(records: Sequence[Mapping[str, Any]], keys: Sequence[str], value: str) -> dict[Key, float]:

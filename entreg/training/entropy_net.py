@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from entreg.entropy.anchors import ANCHOR_METHODS, HALFSPACE_METHODS
 from entreg.entropy.ball import BallEntropy
 from entreg.entropy.halfspace import HalfspaceEntropy
 from entreg.errors import InputError
 from entreg.geometry.entropy_net import EntropyNet
+from entreg.names import require_choice
 
 SURROGATES = ("ball", "halfspace")
 
@@ -51,8 +53,9 @@ class EntropyNetSettings:
     learning_rate: float = 0.003
 
     def __post_init__(self) -> None:
-        if self.surrogate not in SURROGATES:
-            raise InputError(f"surrogate must be one of {', '.join(SURROGATES)}, got '{self.surrogate}'")
+        require_choice("surrogate", self.surrogate, SURROGATES, InputError)
+        methods = ANCHOR_METHODS if self.surrogate == "ball" else HALFSPACE_METHODS
+        require_choice(f"initialization of {self.surrogate}", self.initialization, methods, InputError)
         if self.num_cells < 2 or self.subset_size < 2 or self.steps < 1 or self.hidden < 1:
             raise InputError("num_cells and subset_size must be at least 2, steps and hidden at least 1")
         if not (self.learning_rate > 0 and self.entropy_weight >= 0 and self.sharpness > 0):

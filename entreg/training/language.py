@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
 from entreg.errors import ConfigError, InputError
-from entreg.names import require_known
+from entreg.names import require_choice, require_known
 from entreg.training.penalties import Penalties
 from entreg.training.vision import distillation_loss
 
@@ -293,8 +293,7 @@ def check_adaptation(adaptation: Mapping[str, Any]) -> None:
     """
     kinds = {"full": (), "lora": ("rank", "alpha", "targets", "dropout", "seed")}
     kind = adaptation.get("kind")
-    if kind not in kinds:
-        raise ConfigError(f"the adaptation of a language model must be one of {', '.join(kinds)}, got {kind!r}")
+    require_choice("the adaptation of a language model", kind, kinds)
     known = ("kind", *kinds[kind])
     require_known(adaptation, known, "key", f"the adaptation {kind}")
     if kind == "lora":

@@ -28,11 +28,13 @@ from entreg.entropy import (
     attention_key_entropy,
     attention_row_entropy,
 )
+from entreg.entropy.anchors import ANCHOR_METHODS, HALFSPACE_METHODS
 from entreg.entropy.soft_partition import entropy_of_masses
 from entreg.errors import ConfigError, InputError
-from entreg.names import require_known
+from entreg.names import require_choice, require_known
 from entreg.regularizer import EntropyRegularizer, Term
 from entreg.sparse import selection_scores
+from entreg.sparse.config import SCORES
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,10 @@ class PenaltySettings:
 
     def __post_init__(self) -> None:
         require_known([self.quantity], QUANTITIES, "penalty")
-        if self.points not in ("keys", "tokens"):
-            raise ConfigError(f"points of a penalty must be keys or tokens, got '{self.points}'")
+        require_choice("points of a penalty", self.points, ("keys", "tokens"))
+        require_choice("score of a penalty", self.score, [score for score in SCORES if score != "gate"])
+        methods = dict.fromkeys((*ANCHOR_METHODS, *HALFSPACE_METHODS))
+        require_choice("initialization of a penalty", self.initialization, methods)
         if self.budget is not None and (self.budget < 1 or self.term.floor is not None):
             raise ConfigError("a penalty's budget must be at least 1, and its term must have no floor of its own")
         if self.normalize and self.quantity not in _OF_ATTENTION:

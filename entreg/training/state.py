@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from entreg import distributed
 from entreg.errors import ConfigError
+from entreg.names import suggestion
 from entreg.training.checkpoints import Checkpoint, frozen_record, save_checkpoint
 from entreg.training.progress import LossMeter
 from entreg.training.settings import TrainingSettings
@@ -190,16 +191,29 @@ def _difference(found: Any, wanted: Any, name: str = "") -> str | None:
     return None if found == wanted else f"{name.removeprefix('.')} was {found!r} and is now {wanted!r}"
 
 
+def require_optimizer(name: str) -> None:
+    """Make sure that timm has an optimiser.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    ensure_torchvision()
+    from timm.optim import list_optimizers
+
+    if name not in list_optimizers():
+        raise ConfigError(
+            f"there is no optimizer '{name}'; timm has adamw, sgd, lamb, muon and those that "
+            f"timm.optim.list_optimizers() names{suggestion(name, list_optimizers())}"
+        )
+
+
 def _optimizer(model: nn.Module, extra: list[nn.Parameter], settings: TrainingSettings) -> tuple[Any, Any]:
     """timm's optimiser and schedule; extra parameters are a group without weight decay."""
     from timm.optim import create_optimizer_v2, list_optimizers
+    require_optimizer(settings.optimizer)
+    from timm.optim import create_optimizer_v2
     from timm.scheduler import create_scheduler_v2
 
-    if settings.optimizer not in list_optimizers():
-        raise ConfigError(
-            f"there is no optimizer '{settings.optimizer}'; timm has adamw, sgd, lamb, muon and those that "
-            "timm.optim.list_optimizers() names"
-        )
     # One pass over the weights per step instead of a dozen; torch's own Adam has it on every device.
     fused = {"fused": True} if settings.optimizer in ("adam", "adamw") else {}
     optimizer = create_optimizer_v2(
