@@ -2,17 +2,22 @@
 
 import copy
 import functools
+import sys
 
 import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import MissingConfigException
 from hydra.utils import get_method
 from omegaconf import OmegaConf
 
+from entreg import cli
 from entreg.cli import CONFIGS
-from entreg.errors import EntregError
+from entreg.errors import ConfigError, EntregError
 from entreg.evaluation import geometry_experiment, language_experiment, vision_experiment
 from entreg.evaluation.profiles import check_values
+from entreg.evaluation.studies import run_all, study_configs
 from entreg.records.store import RecordStore
 from entreg.runs.objective import Objective
 
@@ -50,9 +55,11 @@ def initialised_hydra():
 
 
 @functools.cache
-def composed(entry, *overrides):
-    named = ["model.name=microsoft/phi-2"] if "experiment=llm/other" in overrides else []
-    return OmegaConf.to_container(hydra.compose(entry, [*overrides, *named]), resolve=True)
+def composed(entry, *choices):
+    config = OmegaConf.to_container(hydra.compose(entry, list(choices)), resolve=True)
+    if "experiment=llm/other" in choices:
+        config["model"]["name"] = "microsoft/phi-2"
+    return config
 
 
 def plan(entry, config):
@@ -144,3 +151,211 @@ def test_a_misspelt_name_is_one_sentence_with_the_right_one(entry, choice, seen,
         if "\n" in said or f"'{wrong}'" not in said or right not in said.replace(wrong, ""):
             faults.append((key, wrong, said))
     assert not faults
+
+
+def key_of(override):
+    return override.lstrip("+~").partition("=")[0]
+
+
+def typed(entry, *overrides):
+    """A configuration as Hydra composes it; only choices of groups are composed, which takes long."""
+    groups = [one for one in overrides if (CONFIGS / key_of(one)).is_dir()]
+    config = copy.deepcopy(composed(entry, *groups))
+    for one in OverridesParser.create().parse_overrides([one for one in overrides if one not in groups]):
+        *parts, last = one.key_or_group.split(".")
+        if one.is_delete():
+            del value_at(config, parts)[last]
+        else:
+            value_at(config, parts)[last] = one.value()
+    return config
+
+
+def checked(entry, *overrides):
+    check_values(typed(entry, *overrides), overrides, entry)
+
+
+@pytest.mark.parametrize(
+    ("entry", "overrides", "sentence"),
+    [
+        ("train", ["profile.methods=[plian]"], "unknown method 'plian' of profile.methods, .*; did you mean 'plain'"),
+        # A method of other experiments than the one that is run.
+        ("train", ["experiment=cifar/digits", "profile.methods=[plain,ours_a]"], "unknown method 'ours_a'"),
+        ("train", ["profile.methods=plain"], "profile.methods must be a list of at least one name or null"),
+        ("train", ["profile.methods=[]"], "profile.methods must be a list of at least one name or null"),
+        ("language", ["profile.language.plans=[oars]"], "unknown plan 'oars' of .*; did you mean 'ours'"),
+        ("language", ["profile.language.levels=[0.77]"], "unknown level '0.77' of profile.language.levels, known are"),
+        ("geometry", ["profile=smoke", "profile.distributions=[sqare]"], "unknown distribution 'sqare'"),
+        ("geometry", ["profile=reproduce", "profile.experiments=[hul]"], "unknown experiment 'hul' .*'hull'"),
+        ("benchmark", ["benchmark=language_speed", "profile.language.plans=[oars]"], "unknown plan 'oars'"),
+    ],
+)
+def test_a_profiles_lists_name_what_there_is(entry, overrides, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        checked(entry, *overrides)
+
+
+def test_a_list_in_a_profiles_file_serves_all_experiments_and_is_checked_against_them():
+    # The profile reproduce names methods of the ViT's and of the robustness experiment.
+    overrides = ["experiment=cifar/digits", "profile=reproduce"]
+    found = study_configs(hydra.compose("train", overrides), overrides)
+    assert [one["method"] for one in found] == ["plain", "label_smoothing", "ours"]
+    config = typed("train", *overrides)
+    config["profile"]["methods"] += ["orus"]
+    with pytest.raises(ConfigError, match=r"unknown method 'orus' of profile\.methods, .*; did you mean 'ours'"):
+        check_values(config, overrides, "train")
+
+
+@pytest.mark.parametrize(
+    ("entry", "overrides", "limit"),
+    [
+        ("language", ["model.dtype=float12"], "profile.language.model.dtype"),
+        ("language", ["model.name=microsoft/phi-2"], "profile.language.model.architecture"),
+        ("language", ["model=phi_2"], "profile.language.model.architecture"),
+        ("language", ["+model.options.hidden_size=96"], "profile.language.model.options"),
+        ("language", ["evaluation.tasks.copy.contexts=[512,4096]"], "profile.language.max_context"),
+        ("language", ["evaluation.tasks.needle={contexts: [512], count: 9}"], "profile.language.max_count"),
+        ("language", ["evaluation.plans.ours.levels=[0.75,0.9]"], "profile.language.levels"),
+        ("train", ["evaluation.limit=100"], "profile.max_images"),
+        ("train", ["evaluation.limit=null"], "profile.max_images"),
+        ("geometry", ["distributions=[circle,cities]"], "profile.distributions"),
+        ("geometry", ["experiment=geometry/hull", "sizes=[500,5000]"], "profile.max_points"),
+        ("benchmark", ["benchmark=vision_speed", "benchmark.batches=[1,8]"], "profile.max_batch"),
+        ("benchmark", ["benchmark=vision_speed", "benchmark.models.scenes.options.depth=2"], "profile.model_options"),
+        ("benchmark", ["benchmark=language_speed", "benchmark.dtypes=[bfloat16]"], "profile.language.speed.dtypes"),
+        ("benchmark", ["benchmark.geometry_hull.sizes=[10,5000]"], "profile.max_points"),
+    ],
+)
+def test_what_a_profile_would_not_serve_is_refused(entry, overrides, limit):
+    said = key_of(overrides[-1])
+    with pytest.raises(ConfigError, match=rf"^{said} would not be served: {limit}=.* of the profile smoke"):
+        checked(entry, "profile=smoke", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("entry", "overrides"),
+    [
+        ("language", ["model.attention=eager"]),
+        ("language", ["model.dtype=float32"]),
+        ("language", ["profile.language.model=null", "model.dtype=float16"]),
+        ("language", ["evaluation.tasks.copy.contexts=[512]", "evaluation.tasks.copy.count=1"]),
+        ("language", ["evaluation.plans.ours.levels=[0.9]"]),
+        ("train", ["evaluation.limit=5"]),
+        ("geometry", ["distributions=[cities]"]),
+        ("benchmark", ["benchmark=vision_speed", "benchmark.dtypes=[bfloat16]"]),
+    ],
+)
+def test_what_a_profile_serves_is_kept(entry, overrides):
+    checked(entry, "profile=smoke", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("entry", "override", "sentence"),
+    [
+        ("geometry", "training.entropy_weight=abc", "training.entropy_weight must be a number, got 'abc'"),
+        ("geometry", "seeds=3", "seeds must be a list of at least one whole number, each at least 0 or null, got 3"),
+        ("geometry", "sizes=[100,many]", "sizes must be a list of at least one whole number, each at least 1"),
+        ("geometry", "time_budget=-1", "time_budget must be a number above 0, got -1"),
+        ("geometry", "profile.repeats=0", "profile.repeats must be a whole number of at least 1, got 0"),
+        ("geometry", "force=maybe", "force must be true or false, got 'maybe'"),
+        ("train", "trainer.steps=abc", "trainer.steps must be a whole number, got 'abc'"),
+        ("train", "base.trainer.learning_rate=null", "base.trainer.learning_rate must be a number, got null"),
+        ("train", "base.curriculum.cells=2.5", "base.curriculum.cells must be a whole number, got 2.5"),
+        ("train", "data.canvas=abc", "data.canvas must be a whole number of at least 1, got 'abc'"),
+        ("train", "model.pretrained=3", "model.pretrained must be true or false, got 3"),
+        ("train", "evaluation.splits=test", "evaluation.splits must be a list of at least one name, got 'test'"),
+        ("train", "evaluation.localisation=3", "evaluation.localisation must be a mapping of keys to values or null"),
+        ("train", "study.seeds=0", "study.seeds must be a list of at least one whole number"),
+        ("train", "resume=atuo", "resume must be auto or null, got 'atuo'"),
+        ("language", "evaluation.tasks.copy.count=few", "evaluation.tasks.copy.count must be a whole number"),
+        ("language", "training.context=abc", "training.context must be a whole number of at least 1, got 'abc'"),
+        ("language", "store=5", "store must be text, got 5"),
+        ("benchmark", "benchmark.entropy_law.levels=abc", "benchmark.entropy_law.levels must be a whole number"),
+        ("benchmark", "~benchmark.entropy_law.levels", "benchmark.entropy_law.levels is missing; give it as"),
+        ("benchmark", "profile.seeds=[]", "profile.seeds must be a list of at least one whole number"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_one_sentence_with_its_key(entry, override, sentence):
+    with pytest.raises(ConfigError) as caught:
+        checked(entry, override)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("entry", list(ENTRIES))
+def test_a_misspelt_choice_of_any_group_lists_what_there_is(entry, monkeypatch):
+    for group in own_groups(entry):
+        monkeypatch.setattr(sys, "argv", [f"{entry}.py", f"{group}=foo"])
+        with pytest.raises(MissingConfigException) as caught:
+            hydra.compose(entry, [f"{group}=foo"])
+        said = str(cli._as_sentence(caught.value, entry, CONFIGS))
+        assert said.startswith(f"There is no configuration 'foo' in '{group.partition('@')[0]}' (there are ")
+        wanted = (
+            [one.partition("=")[2] for one in ENTRIES[entry]] if group == "experiment" else cli._options(CONFIGS, group)
+        )
+        assert all(name in said for name in wanted)
+        near = cli._missing_config(Missing(f"{group}/{misspelt(wanted[-1])}"), "", entry, CONFIGS)
+        assert near.endswith(f"; did you mean {wanted[-1]!r}?")
+
+
+class Missing:
+    def __init__(self, file):
+        self.missing_cfg_file = file
+
+
+def own_groups(entry):
+    return [group for group in cli._own_groups(entry, CONFIGS) if "@" not in group]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["experiment=geometry/hull"], ["is for scripts/geometry.py", "vit/digit_scenes", "cifar/digits"]),
+        (["experiment=vit/digit_scenes,llm/sweep"], ["experiment=llm/sweep is for scripts/language.py"]),
+    ],
+)
+def test_an_experiment_of_another_script_is_refused(overrides, words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vision.py", *overrides])
+    with pytest.raises(ConfigError) as caught:
+        cli._refuse_others_experiments("train", CONFIGS)
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("entry", "overrides", "words"),
+    [
+        ("train", ["experiment=vit/imagenet"], ["IMAGENET=", "data.root"]),
+        ("train", ["experiment=vit/imagenet", "data.root=''"], ["IMAGENET=", "data.root"]),
+        ("train", ["experiment=vit/imagenet", "data.root=FOLDER"], ["IMAGENET=", "data.root", "but nothing"]),
+        ("train", ["experiment=cifar/cifar100"], ["CIFAR=", "data.root"]),
+        ("train", ["experiment=cifar/cifar100", "data.root=FOLDER"], ["CIFAR=", "data.root"]),
+        ("language", ["experiment=llm/other", "model.name=/nope"], ["MODEL=", "model.name", "/nope"]),
+        ("language", ["experiment=llm/phi_2", "data.text.root=FOLDER"], ["WIKITEXT=", "data.text.root"]),
+        ("language", ["experiment=llm/phi_2", "data.text.root=/nope"], ["WIKITEXT=", "data.text.root", "/nope"]),
+        (
+            "language",
+            ["experiment=llm/phi_2", "data.text.name=news_sample", "data.summaries.root=/nope"],
+            ["CNN=", "data.summaries.root", "/nope"],
+        ),
+    ],
+)
+def test_missing_data_and_models_are_one_sentence_before_any_run(
+    entry, overrides, words, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "empty").mkdir()
+    given = [one.replace("FOLDER", str(tmp_path / "empty")) for one in overrides]
+    module = {"train": vision_experiment, "language": language_experiment}[entry]
+    run = {"train": "run_vision", "language": "run_language"}[entry]
+    monkeypatch.setattr(module, run, lambda *_: pytest.fail("something was run"))
+    given += ["profile=paper", "device=cpu", f"checkpoints={tmp_path}"]
+    runs = [module.plan_run(typed(entry, *given, f"seed={seed}")) for seed in (0, 1)]
+    with pytest.raises(EntregError) as caught:
+        run_all(runs, store=tmp_path / "runs", command="x")
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr() == ("", "")
+    assert not list((tmp_path / "runs").rglob("*.*"))
+
+
+def test_a_geometry_study_names_experiments():
+    with pytest.raises(ConfigError, match=r"unknown experiment 'hul' of study, .*; did you mean 'hull'"):
+        geometry_experiment.experiment_configs(OmegaConf.create(typed("geometry", "study=[hul]")), ["study=[hul]"])
