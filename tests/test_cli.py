@@ -87,14 +87,19 @@ def test_a_part_that_its_reader_checks_takes_new_keys(project):
     ("arguments", "sentence"),
     [
         (["mode=input"], "n must be positive."),
-        (["data=dist"], "There is no configuration 'dist' in 'data'; did you mean 'disk'?"),
-        (["data=qqqq"], "There is no configuration 'qqqq' in 'data'; there are broken, disk, square."),
+        (
+            ["data=dist"],
+            "There is no configuration 'dist' in 'data' (there are broken, disk, square); did you mean 'disk'?",
+        ),
+        (["data=qqqq"], "There is no configuration 'qqqq' in 'data' (there are broken, disk, square)."),
+        (["data=3"], "The configuration is wrong: Config group override must be a string or a list"),
+        (["hydra/launcher=foo"], "There is no configuration 'foo' in 'hydra/launcher' (there are basic, joblib, "),
         (["dta=disk"], "There is no configuration key or group 'dta'; did you mean 'data'?"),
         (["cuont=5"], "There is no configuration key or group 'cuont'; did you mean 'count'?"),
         (["net.widht=5"], "There is no configuration key or group 'net.widht'; did you mean 'net.width'?"),
         (["options={depth: 2}"], "'options' has no such key; add one with +options.<key>=<value>."),
         (["+net.widht=5"], "Nothing reads the configuration key 'net.widht'; did you mean 'net.width'?"),
-        (["--config-name", "mian"], "There is no configuration 'mian'; did you mean 'main'?"),
+        (["--config-name", "mian"], "There is no configuration 'mian' (there are main); did you mean 'main'?"),
         (["count"], "The override 'count' cannot be read"),
         (["count=[1,"], "The override 'count=[1,' cannot be read"),
         (["~nothing"], "'nothing' does not exist"),
@@ -198,13 +203,6 @@ def raising(error):
 def test_entry_point_lets_defects_through():
     with pytest.raises(ZeroDivisionError):
         cli.entry_point(lambda: 1 / 0)()
-
-
-def test_nearest():
-    assert cli.nearest("gemoetry", ["geometry", "vit"]) == "; did you mean 'geometry'?"
-    assert cli.nearest("x", ["geometry", "vit"]) == "; there are geometry, vit."
-    assert cli.nearest("x", []) == "."
-    assert cli.nearest("0", [f"name{'abcdefghijklmnopqrstuvwxyz'[i]}" for i in range(26)]) == "."
 
 
 def test_command_line_names_the_script_from_the_checkout():

@@ -270,7 +270,7 @@ def test_no_penalties_is_none():
         ({"quantity": "row_entropy"}, "weight"),
         ({"quantity": "row_entropy", "weight": 1.0, "budget": 0.5}, "budget must be at least 1"),
         ({"quantity": "row_entropy", "weight": 1.0, "budget": 3, "floor": 1.0}, "no floor"),
-        ({"quantity": "ball", "weight": 1.0, "points": "pixels"}, "keys or tokens"),
+        ({"quantity": "ball", "weight": 1.0, "points": "pixels"}, "one of keys, tokens"),
         ({"quantity": "l1_logits", "weight": 1.0, "normalize": True}, "normalize is for row_entropy"),
         ({"quantity": "row_entropy", "weight": 1.0, "normalize": True, "budget": 9}, "give its floor, the fraction"),
         ({"quantity": "row_entropy", "weight": 1.0, "normalize": True, "floor": 2.5}, r"must be in \[0, 1\)"),
