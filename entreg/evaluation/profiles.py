@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from entreg.cli import CONFIGS
@@ -126,13 +127,26 @@ def check_values(config: Mapping[str, Any], overrides: Sequence[str], entry: str
     if entry == "benchmark":
         for key, benchmark in _benchmarks(config):
             _require_arguments(key, benchmark)
-    typed = [_key_of(text) for text in overrides]
+    typed = _typed_keys(overrides)
     _check_lists(config, typed, entry)
     _check_limits(config, typed, entry)
 
 
-def _key_of(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0].partition("@")[0]
+def _typed_keys(overrides: Sequence[str]) -> list[str]:
+    """The keys that were typed; of a mapping its own keys, because Hydra leaves the others as they are."""
+    return [
+        key
+        for override in OverridesParser.create().parse_overrides(list(overrides))
+        for key in _leaves(override.key_or_group, None if override.is_delete() else override.value())
+    ]
+
+
+def _leaves(key: str, value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _leaves(f"{key}.{name}", item)
+    else:
+        yield key
 
 
 def _benchmarks(config: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -262,9 +276,8 @@ def _matching(values: Any, pattern: str, prefix: str = "") -> Iterator[tuple[str
 
 
 def _typed(key: str, typed: Collection[str], *, chosen: bool) -> str | None:
-    """What was typed of a key: itself, a part of it, or the whole that it is a part of."""
+    """What was typed of a key: itself, a part of it or, if that counts, the choice of the group that it belongs to."""
     for one in typed:
-        whole = key.startswith(f"{one}.") and (chosen or not (CONFIGS / one).is_dir())
-        if one == key or one.startswith(f"{key}.") or whole:
+        if one == key or one.startswith(f"{key}.") or (chosen and key.startswith(f"{one}.")):
             return one
     return None

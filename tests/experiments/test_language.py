@@ -266,7 +266,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
         (["evaluation.tasks.copy.contexts=[3]"], "at least 16"),
         (["+evaluation.plans.ours.blocksize=3"], "blocksize"),
         (["evaluation.plans.ours.levels=[1.5]"], r"in \[0, 1\)"),
-        (["+evaluation.tasks.copying.count=3"], "no task 'copying'"),
+        (["+evaluation.tasks.copying.count=3"], "unknown task 'copying' of evaluation.tasks, .*; did you mean 'copy'"),
         (["trainer.steps=10", "regularizer=label_smoothing"], "label_smoothing must be 0"),
         (["trainer.steps=10", "regularizer=selection_entropy"], "selects no tokens"),
         (["trainer.steps=10", "sparsity=setting_a"], "kind decoder"),
