@@ -15,10 +15,10 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_method
-from omegaconf import OmegaConf
 
 from entreg.cli import CONFIGS
 from entreg.evaluation import geometry_experiment, language_experiment, vision_experiment
+from entreg.evaluation.profiles import checked_config
 from entreg.evaluation.studies import study_configs
 from entreg.training.penalties import QUANTITIES
 
@@ -150,14 +150,16 @@ def plan(script, arguments):
         return [None]
     if entry != "benchmark" and script != "scripts/train.py" and "geometry" not in script:
         # Seeds differ in nothing but the seed, and tests/experiments looks at all methods: the first one is enough.
-        chosen = any(one.startswith("profile.methods=") for one in arguments)
-        arguments = [*arguments, "study.seeds=[0]", *([] if chosen else ["profile.methods=[]"])]
+        arguments = [*arguments, "study.seeds=[0]"]
+        if not any(one.startswith("profile.methods=") for one in arguments):
+            first = next(iter(hydra.compose(entry, arguments).study.methods))
+            arguments = [*arguments, f"profile.methods=[{first}]"]
     config = hydra.compose(entry, arguments)
     if entry == "benchmark":
-        chosen = OmegaConf.to_container(config.benchmark, resolve=True)
+        chosen = checked_config(config, arguments, entry)["benchmark"]
         return [get_method(one["_target_"]) for one in ([chosen] if "_target_" in chosen else chosen.values())]
     if script == "scripts/train.py":
-        return [vision_experiment.plan_run(OmegaConf.to_container(config, resolve=True))]
+        return [vision_experiment.plan_run(checked_config(config, arguments, entry))]
     if entry == "geometry":
         found = geometry_experiment.experiment_configs(config, arguments)
         return [run for one in found for run in geometry_experiment.plan_runs(one)]
