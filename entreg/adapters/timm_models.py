@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from entreg.cli import nearest
-from entreg.compat import ensure_torchvision
 from entreg.errors import AssetError, ConfigError
 from entreg.names import nearest
 from entreg.weights import load_weights
@@ -23,7 +21,6 @@ def require_architecture(name: str) -> None:
     Raises:
         ConfigError: it has not, or is not installed.
     """
-    ensure_torchvision()
     try:
         import timm
     except ModuleNotFoundError as error:
@@ -54,12 +51,6 @@ def vision_model(
         ConfigError: unknown architecture or option, or both ``pretrained`` and ``checkpoint``.
         AssetError: weights cannot be fetched, or are missing, damaged or another model's.
     """
-    try:
-        import timm
-    except ModuleNotFoundError as error:
-        raise ConfigError("vision models need timm: install entreg[vision]") from error
-    if not timm.is_model(name):
-        raise ConfigError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
     require_architecture(name)
     import timm
 

@@ -64,7 +64,7 @@ from entreg.evaluation.language_speed_settings import (
 from entreg.evaluation.language_steps import DecoderSizes
 from entreg.evaluation.regularizer_cost import peak_memory
 from entreg.evaluation.speed_models import amdahl_bound, speed_device
-from entreg.evaluation.timing import Timing, interleaved_timings, warm_up
+from entreg.evaluation.timing import Timing, interleaved_timings
 from entreg.names import require_choice
 from entreg.progress import progress, progress_bar
 from entreg.records.record import new_record

@@ -52,7 +52,7 @@ from entreg.evaluation.speed_models import (
     without_attention,
     without_blocks,
 )
-from entreg.evaluation.timing import Timing, interleaved_timings, warm_up
+from entreg.evaluation.timing import Timing, interleaved_timings
 from entreg.names import require_choice, require_known
 from entreg.progress import progress
 from entreg.records.record import new_record

@@ -197,7 +197,6 @@ def require_optimizer(name: str) -> None:
     Raises:
         ConfigError: it has not.
     """
-    ensure_torchvision()
     from timm.optim import list_optimizers
 
     if name not in list_optimizers():
@@ -209,7 +208,6 @@ def require_optimizer(name: str) -> None:
 
 def _optimizer(model: nn.Module, extra: list[nn.Parameter], settings: TrainingSettings) -> tuple[Any, Any]:
     """timm's optimiser and schedule; extra parameters are a group without weight decay."""
-    from timm.optim import create_optimizer_v2, list_optimizers
     require_optimizer(settings.optimizer)
     from timm.optim import create_optimizer_v2
     from timm.scheduler import create_scheduler_v2
