@@ -70,6 +70,22 @@ def test_folder_that_cannot_be_written_is_left_alone(tmp_path):
     assert not drop_stale_kernels(tmp_path)
 
 
+def test_package_that_is_no_folder_is_left_alone(tmp_path):
+    (tmp_path / "package.zip").write_bytes(b"")
+    assert not drop_stale_kernels(tmp_path / "package.zip" / "package")
+
+
+def test_a_change_in_a_subpackage_counts(tmp_path):
+    (tmp_path / "part").mkdir()
+    source = tmp_path / "part" / "module.py"
+    source.write_text("x = 1\n")
+    assert drop_stale_kernels(tmp_path)
+    (tmp_path / "part" / "data.txt").write_text("no source")
+    assert not drop_stale_kernels(tmp_path)
+    source.write_text("x = 22\n")
+    assert drop_stale_kernels(tmp_path)
+
+
 # Counts what is compiled, with the types of its arguments, in a process of its own.
 COUNTED = """
 import json, sys, time

@@ -401,6 +401,37 @@ _register_sizes("delaunay", "Delaunay triangulation: against the fastest library
 _register_sizes("pareto", "Pareto front: against the fastest rival, by size", "numpy with and without a plain filter")
 
 
+# --- the first result ----------------------------------------------------------------------------------------------
+
+
+@register_table("benchmark-geometry-start", experiments=("benchmark/geometry_start/",))
+def start_table(records: list[dict[str, Any]]) -> Table | None:
+    prefix = "benchmark/geometry_start/"
+    chosen = [record for record in current_records(records) if record["experiment"].startswith(prefix)]
+    rows = []
+    for record in chosen:
+        cells = {(row["n"], row["cache"]): row for row in record["rows"]}
+        for n in sorted({row["n"] for row in record["rows"]}):
+            ours = [seconds(cells[n, cache]["seconds_median"]) for cache in ("cold", "warm")]
+            rival = cells[n, "none"]
+            theirs = f"{seconds(rival['seconds_median'])} ({method_label(rival['method'])})"
+            rows.append(TracedRow([record["config"]["problem"], f"{n:,}", *ours, theirs], [record["id"]]))
+    if not rows:
+        return None
+    return Table(
+        "benchmark-geometry-start",
+        "From the start of a process to its first result",
+        ["problem", "n", "kernels compiled first", "kernels compiled before", "without entreg"],
+        rows,
+        notes=[
+            "Whole processes that import, compute once on uniform points in the unit square, and end; medians. "
+            "Kernels are compiled once for a machine: by `make setup`, `python -m entreg.warm_up` or the first call."
+        ],
+        align="lrrrr",
+        record_ids=[record["id"] for record in chosen],
+    )
+
+
 # --- exactness -----------------------------------------------------------------------------------------------------
 
 
