@@ -35,7 +35,9 @@ def pytest_xdist_auto_num_workers(config):
 def pytest_collection_modifyitems(config, items):
     """Of ``--dist loadgroup``: slow tests one by one, and first; then the other tests of a file together.
 
-    Together, because they share the file's fixtures. A mark ``xdist_group`` of a test or a file says otherwise.
+    Together, because they share the file's fixtures. A mark ``xdist_group`` of a test or a file says otherwise:
+    "compiling" has what starts torch's compiler, which takes long for the first time in a process, and "report" what
+    builds the report of the committed records.
     """
     if WORKERS == 1:
         return

@@ -328,6 +328,7 @@ def test_a_trace_is_of_the_dense_model_or_refused(name):
     assert torch.equal(traced(x), wanted)
 
 
+@pytest.mark.xdist_group("compiling")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["drop", "columns"])
 @torch.no_grad()

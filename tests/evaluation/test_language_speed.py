@@ -383,6 +383,7 @@ def test_no_cuda_gets_one_sentence(monkeypatch, tmp_path):
         run_language_speed(**arguments(device="cuda"), store=tmp_path)
 
 
+@pytest.mark.xdist_group("compiling")
 @pytest.mark.slow
 def test_compiled_candidates_are_measured_when_they_are_compiled(tmp_path):
     models = {"tiny": MODEL | {"plans": {}}}

@@ -240,6 +240,7 @@ def test_benchmarks_need_neither_hydra_nor_trackers():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=CONFIGS.parent)
 
 
+@pytest.mark.xdist_group("compiling")
 @pytest.mark.slow
 def test_compiled_candidates_are_measured_too(tmp_path):
     small = MODEL | {"unfused": [], "plans": {"few": MODEL["plans"]["few"]}, "rivals": {}}

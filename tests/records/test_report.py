@@ -20,6 +20,7 @@ from entreg.records.statistics import Estimate
 from entreg.records.tables import Table, TracedRow, register_table, table_registry
 from tests.records.samples import dated_record
 
+pytestmark = pytest.mark.xdist_group("report")
 HOSTILE = "<script>alert('1')</script>\"' onmouseover=alert(2) <img src=x onerror=alert(3)> &amp; </script><!--"
 
 

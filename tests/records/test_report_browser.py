@@ -8,7 +8,10 @@ import threading
 import pytest
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium"),
+    pytest.mark.xdist_group("report"),
+]
 
 SCREENS = {"wide": {"width": 1400, "height": 1000}, "narrow": {"width": 390, "height": 844}}
 

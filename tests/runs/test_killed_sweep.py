@@ -13,10 +13,11 @@ from entreg.cli import CONFIGS
 from entreg.records.store import RecordStore
 from entreg.runs.directory import RunDirectory
 from tests.experiments.test_vision import TINY
+from tests.faults.processes import run_program
 from tests.runs.small_project import wait_until
 
 COMMAND = [
-    *("-m", "experiment=vit/cluttered_mnist", "regularizer=key_entropy,row_entropy,none", "seed=0,1,2,3"),
+    *("-m", "experiment=vit/cluttered_mnist", "regularizer=key_entropy,row_entropy,none", "seed=0,1"),
     *TINY,
     *("trainer.steps=6", "trainer.checkpoint_every=1", "profile.training_scale=1.0", "evaluation.localisation=null"),
     *("tracker=none", "launcher=joblib", "hydra.launcher.n_jobs=2"),
@@ -35,18 +36,18 @@ def test_a_sweep_killed_twice_ends_with_each_of_its_runs_once(tmp_path):
     store = tmp_path / "outputs" / "runs"
     moments = random.Random(0)
     finished = {}
-    for least in (2, 6):
+    for least in (1, 3):
         launcher = start(tmp_path)
         wait_until(lambda l=launcher, n=least: l.poll() is not None or len(list(store.glob("*.json"))) >= n, 400)
         assert launcher.poll() is None, (tmp_path / "launcher.txt").read_text()
         # Short of the time that the other runs take, a few tenths of a second each.
-        time.sleep(moments.random() * 0.6)
+        time.sleep(moments.random() * 0.4)
         os.killpg(launcher.pid, signal.SIGKILL)
         launcher.wait()
         for path, time_and_file in finished.items():
             assert (path.stat().st_mtime_ns, path.stat().st_ino) == time_and_file
         finished = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in store.glob("*.json")}
-    assert len(finished) < 12
+    assert len(finished) < 6
     launcher = start(tmp_path)
     assert launcher.wait(400) == 0, (tmp_path / "launcher.txt").read_text()
     for path, time_and_file in finished.items():
@@ -54,11 +55,11 @@ def test_a_sweep_killed_twice_ends_with_each_of_its_runs_once(tmp_path):
     # Every record is checked as it is read: schema, checksum, identifier, name.
     records = RecordStore(store).load_all()
     assert sorted((one["config"]["method"], one["seed"]) for one in records) == [
-        (method, seed) for method in ("key_entropy", "none", "row_entropy") for seed in range(4)
+        (method, seed) for method in ("key_entropy", "none", "row_entropy") for seed in range(2)
     ]
     assert all(one["metrics"]["training_steps"] == 6 for one in records)
     directories = [RunDirectory.of(store, one["experiment"], one["config"]) for one in records]
-    assert len(list(store.glob("vit-cluttered_mnist-*"))) == 12
+    assert len(list(store.glob("vit-cluttered_mnist-*"))) == 6
     outcomes = []
     for directory in directories:
         assert (directory.path / "DONE").exists()
@@ -69,14 +70,8 @@ def test_a_sweep_killed_twice_ends_with_each_of_its_runs_once(tmp_path):
         outcomes += killed
     # Two processes at a time were killed twice.
     assert len(outcomes) <= 4
-    assert "12 runs: 12 done" in (tmp_path / "launcher.txt").read_text()
-    status = subprocess.run(
-        [sys.executable, str(CONFIGS.parent / "scripts" / "status.py")],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "12 runs: 12 done" in status.stdout
+    assert "6 runs: 6 done" in (tmp_path / "launcher.txt").read_text()
+    status = run_program(CONFIGS.parent / "scripts" / "status.py", folder=tmp_path)
+    assert "6 runs: 6 done" in status.stdout
     assert "best so far: dense_accuracy" in status.stdout
-    assert status.stdout.count(" done ") >= 12
+    assert status.stdout.count(" done ") >= 6

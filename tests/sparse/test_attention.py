@@ -210,6 +210,7 @@ def test_inputs_need_not_be_contiguous():
         torch.testing.assert_close(sparse_attention(*strided, plan), sparse_attention(q, k, v, plan))
 
 
+@pytest.mark.xdist_group("compiling")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "causal", "m", "biased"),
@@ -230,6 +231,7 @@ def test_flex_equals_the_reference(kind, causal, m, biased):
     assert attention_kernel(q, k, v, plan, backend="flex", key_bias=bias) == "flex"
 
 
+@pytest.mark.xdist_group("compiling")
 @pytest.mark.slow
 def test_flex_never_falls_back_to_uncompiled_code(monkeypatch):
     monkeypatch.setattr(_flex, "_MOST_SHAPES", 1)
@@ -240,6 +242,7 @@ def test_flex_never_falls_back_to_uncompiled_code(monkeypatch):
         sparse_attention(*second, make_plan(*second[:2], 8), backend="flex")
 
 
+@pytest.mark.xdist_group("compiling")
 @pytest.mark.slow
 def test_columns_compile_into_one_graph():
     q, k, v = random_inputs(n=50, m=50, width=16, value_width=16, dtype=torch.float32)
