@@ -134,4 +134,15 @@ def _supported(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
         raise refuse("has attention that SDPA cannot do (a soft cap on the logits, sinks) or that cannot be replaced")
     if any(module.config is not config for module in attentions):
         raise refuse("has layers with configurations of their own")
-    return decoder.base_model, attentions
+    return _innermost(decoder, attentions), attentions
+
+
+def _innermost(decoder: nn.Module, attentions: list[nn.Module]) -> nn.Module:
+    """The innermost model with all the layers: some models call a part of their base model, past it."""
+    wanted = set(attentions)
+    around = [
+        module
+        for module in decoder.modules()
+        if isinstance(module, PreTrainedModel) and wanted <= set(module.modules())
+    ]
+    return around[-1]

@@ -178,7 +178,7 @@ def build(model_type: str, device: str = "cpu", **options: Any) -> nn.Module:
     """The decoder in evaluation mode, with the same weights every time; options are attributes of its configuration."""
     config = configuration(model_type)
     for name, value in options.items():
-        setattr(config, name, value)
+        setattr(config.get_text_config(), name, value)
     torch.manual_seed(0)
     with torch.device(device):
         if type(config) in transformers.AutoModelForCausalLM._model_mapping:

@@ -16,10 +16,10 @@ LENGTH = 40
 RUN = [*KNOWN["served"], *chain(*KNOWN["dense_only"].values())]
 REFUSED = {name: reason for reason, names in KNOWN["refused"].items() for name in names}
 # One of each kind that has been wrong once: keys that models select (by token, by block), keys that layers share,
-# latent keys, windows, and an additive bias.
+# latent keys, windows, an additive bias, and a base model that is passed by.
 SAMPLE = [
     *("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "minimax_m3_vl_text", "inkling_text"),
-    *("gemma3n_text", "gemma4_text", "gpt2"),
+    *("gemma3n_text", "gemma4_text", "gpt2", "opt"),
 ]
 # Their indexers, where these exist; with a limit that large they select everything.
 LIMITS = ("index_topk", "index_topk_blocks")
