@@ -4,8 +4,8 @@ Both settings are for machines that are shared, and neither changes a number tha
 
 *Waiting threads.* A parallel region of PyTorch ends when its last thread is done, and until then the others spin, by
 default for milliseconds. Beside a busy process there are fewer cores than threads: the waiting thread then uses up the
-time of the one that it waits for. So threads spin shortly and then sleep (``GOMP_SPINCOUNT``, read by GNU OpenMP, which
-PyTorch's Linux wheels bring along, when it is loaded).
+time of the one that it waits for. So they sleep (``OMP_WAIT_POLICY=passive``, which the OpenMP library that PyTorch's
+wheels bring along reads when it is loaded).
 
 *Large tensors.* By default glibc takes every large block from the system anew and gives it back at once, so that each
 layer of a model pays for touching its pages, which are zeroed first. Here freed blocks are kept for the next ones
@@ -21,7 +21,7 @@ import ctypes
 import os
 import sys
 
-_WAITING = {"GOMP_SPINCOUNT": "10000"}
+_WAITING = {"OMP_WAIT_POLICY": "passive"}
 _WAITING_KNOWN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 
 # Numbers of glibc's malloc.h, by the environment variable of the same meaning, and what they are set to: more than any

@@ -303,6 +303,8 @@ def _label_ends(
     label: Callable[[str], str] = plan_label,
 ) -> None:
     """Names at the right of the panel, in the order of the lines' ends and joined with them, none over another."""
+    from matplotlib.patches import ConnectionPatch
+
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     to_axes = axes.transScale + axes.transLimits
@@ -330,13 +332,8 @@ def _label_ends(
             fontweight="bold" if method == name and is_default(name) else "normal",
             annotation_clip=False,
         )
-        # To the marker beside the words, not to the words: where they begin differs from panel to panel.
-        axes.annotate(
-            "",
-            lines[name][-1],
-            (_KEY - 0.015, place),
-            textcoords="axes fraction",
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3},
-            annotation_clip=False,
-            zorder=1,
+        joint = ConnectionPatch(
+            lines[name][-1], (_KEY - 0.015, place), "data", "axes fraction", axesA=axes, axesB=axes, color=color
         )
+        joint.set(linewidth=0.6, alpha=0.6, zorder=1, in_layout=False, clip_on=False)
+        axes.add_artist(joint)

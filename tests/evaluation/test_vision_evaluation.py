@@ -192,7 +192,7 @@ def planted(monkeypatch):
         remove = staticmethod(lambda: None)
 
     monkeypatch.setattr(vision_evaluation, "corrupted_dataset", dataset)
-    monkeypatch.setattr(vision_evaluation, "sparsify", lambda model, path: Handle)
+    monkeypatch.setattr(vision_evaluation, "sparsify", lambda model, path, **_: Handle)
 
 
 def robustness(severities, extra):
