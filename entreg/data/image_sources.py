@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from entreg import distributed
 from entreg.errors import AssetError, ConfigError, first_line
 
 
@@ -87,14 +89,17 @@ class ArrayImages(ImageSource):
 
 
 def decode(opened: Callable[[], Image.Image], what: str) -> Image.Image:
-    """The image that ``opened`` opens, wholly decoded and in RGB.
+    """The image that ``opened`` opens, wholly decoded and in RGB of 8 bits.
+
+    Of deeper grey values the upper 8 bits count, as Pillow itself does it with colours of 16 bits: 0, 255, 256, 4660
+    and 65535 of 16 bits are 0, 0, 1, 18 and 255. (Pillow's own conversion cuts all grey values above 255 to white.)
 
     Raises:
-        AssetError: it is missing, truncated or no image; ``what`` names it.
+        AssetError: it is missing, truncated, no image, or one whose grey values have no known range; ``what`` names it.
     """
     try:
         with opened() as image:
-            return image.convert("RGB")
+            return _eight_bits(image, what).convert("RGB")
     except FileNotFoundError as error:
         raise AssetError(f"{what} is not there any more; put it back and run the same command again") from error
     except UnidentifiedImageError as error:
@@ -102,6 +107,35 @@ def decode(opened: Callable[[], Image.Image], what: str) -> Image.Image:
     except (OSError, SyntaxError, ValueError, TypeError) as error:
         # Pillow raises SyntaxError for some damaged headers, and a table's missing image is None.
         raise AssetError(f"{what} cannot be read ({error}); it is damaged or truncated, fetch it again") from error
+
+
+def say_unread(files: Sequence[str], where: str, why: str) -> None:
+    """Say on standard error how many files of a data set are not read; nothing if there are none.
+
+    Args:
+        files: their names.
+        where: the data set in words.
+        why: what is wrong with them, with "they" or "their".
+    """
+    if files and distributed.is_first():
+        print(
+            f"Files of {where} that are not read, as {why}: {len(files):,}, the first is {files[0]}.", file=sys.stderr
+        )
+
+
+def _eight_bits(image: Image.Image, what: str) -> Image.Image:
+    """The image itself, or its upper 8 bits where grey values are deeper."""
+    if image.mode.startswith("I;16"):
+        # Pillow reads TIFF files of 12 bits as they are, and scales whatever else is not of 16.
+        bits = image.tag_v2[258][0] if image.format == "TIFF" else 16
+    elif image.mode == "I" and image.format in ("PNG", "PPM"):
+        bits = 16
+    elif image.mode in ("I", "F"):
+        kind = "integers of 32 bits" if image.mode == "I" else "floating-point numbers"
+        raise AssetError(f"{what} holds {kind}, whose range is not known; store it with 8 or 16 bits")
+    else:
+        return image
+    return Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
 
 
 def cifar100(root: str | Path | None, part: str, *, download: bool) -> ImageSource:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from entreg.data.assets import cache_directory
-from entreg.data.image_sources import FileImages, ImageSource, TableImages
+from entreg.data.image_sources import FileImages, ImageSource, TableImages, say_unread
 from entreg.data.streaming import grouped_images, require_all_parts
 from entreg.data.webdataset import ShardImages, find_shards, shard_index
 from entreg.errors import AssetError, ConfigError, first_line
@@ -36,7 +36,8 @@ def imagenet(
     Folders: ``train/<class>/*.JPEG`` and ``val/<class>/*.JPEG``, classes numbered in the order of their sorted names,
     which for the 1,000 synsets is the official order. Parquet: ``data/train-*.parquet`` and
     ``data/validation-*.parquet`` with columns ``image`` and ``label``, as on the Hugging Face hub. Shards:
-    ``*train*.tar`` and ``*val*.tar`` with ``<name>.jpg`` and ``<name>.cls``, see :mod:`entreg.data.webdataset`.
+    ``*train*.tar`` and ``*val*.tar`` with ``<name>.jpg`` and ``<name>.cls``, see :mod:`entreg.data.webdataset`. How
+    many files of a folder or shard are no images by their names is said in one line on standard error.
 
     Args:
         root: folder of the data set.
@@ -78,7 +79,7 @@ def imagenet(
 
 
 def _folder_images(root: Path, part: str, num_classes: int, subset: bool) -> ImageSource:
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+    from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
 
     folder = root / part
     found = _class_folders(folder)
@@ -89,10 +90,19 @@ def _folder_images(root: Path, part: str, num_classes: int, subset: bool) -> Ima
         different = sorted(set(found) ^ set(_class_folders(other)))
         if different:
             raise AssetError(f"{folder} and {other} hold different classes, for example {different[0]} is in one only")
+    unread = sorted(entry.name for entry in folder.iterdir() if not entry.is_dir())
+
+    def is_image(path: str) -> bool:
+        if has_file_allowed_extension(path, IMG_EXTENSIONS):
+            return True
+        unread.append(os.path.relpath(path, folder))
+        return False
+
     try:
-        samples = make_dataset(str(folder), classes, IMG_EXTENSIONS)
+        samples = make_dataset(str(folder), classes, is_valid_file=is_image)
     except FileNotFoundError as error:
         raise AssetError(f"{folder} holds class folders without images: {first_line(error)}") from error
+    say_unread(unread, str(folder), f"they are not <class>/<name> with {', '.join(IMG_EXTENSIONS)}")
     # Plain text: there are over a million of them.
     paths = [path for path, _ in samples]
     class_of = {number: name for name, number in classes.items()}

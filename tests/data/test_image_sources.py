@@ -1,13 +1,18 @@
 """CIFAR-100 and SVHN: miniature official files, read as torchvision reads them, and every way they can be wrong."""
 
 import hashlib
+import io
 import pickle
+import struct
+import zlib
 
 import numpy as np
 import pytest
+from PIL import Image
 from torchvision.datasets import CIFAR100, SVHN
 
-from entreg.data.image_sources import cifar100, svhn
+from entreg.data.image_sources import cifar100, decode, svhn
+from entreg.data.imagenet import imagenet
 from entreg.errors import AssetError, ConfigError
 from tests.data.official_layouts import cifar100_batch, random_pixels, write_cifar100, write_svhn
 
@@ -130,3 +135,91 @@ def test_download_goes_through_torchvision_and_its_failure_is_one_sentence(tmp_p
     monkeypatch.setattr(SVHN, "__init__", failing)
     with pytest.raises(AssetError, match=r"SVHN cannot be fetched \(no route to host\); get it from http"):
         svhn(str(tmp_path), "train", download=True)
+
+
+def png16(values):
+    """A PNG of 16 bits, (h, w, channels) with 1, 2, 3 or 4 channels, which Pillow writes with 1 only."""
+    height, width, channels = values.shape
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+
+    def chunk(kind, content):
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    end = chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + end
+
+
+DEEP = np.array([[0, 100, 255, 256, 4660, 32768, 65535]], dtype=np.uint16)
+EIGHT = [0, 0, 0, 1, 18, 128, 255]
+
+
+def saved(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_sixteen_bits_are_scaled_by_their_range(channels, tmp_path):
+    """Grey and colours alike: of colours Pillow itself keeps the upper 8 bits."""
+    content = png16(np.repeat(DEEP[..., None], channels, -1))
+    image = decode(lambda: Image.open(io.BytesIO(content)), "it")
+    assert image.mode == "RGB"
+    assert np.asarray(image)[0].tolist() == [[value] * 3 for value in EIGHT]
+    # Every reader of files goes by it.
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "train" / "a" / "x.png").write_bytes(content)
+    (source,) = [imagenet(tmp_path, "train", num_classes=1, subset=False)]
+    assert np.asarray(source.image(0))[0, :, 0].tolist() == EIGHT
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (saved(Image.fromarray(DEEP), "TIFF"), EIGHT),
+        (saved(Image.fromarray(DEEP.astype(">u2")), "TIFF"), EIGHT),
+        (saved(Image.fromarray(DEEP), "PPM"), EIGHT),
+        (b"P5 3 1 1023\n" + np.array([0, 512, 1023], ">u2").tobytes(), [0, 128, 255]),
+        (b"P5 3 1 255\n" + bytes([0, 100, 255]), [0, 100, 255]),
+        (saved(Image.fromarray(np.array([[0, 1, 1]], bool)), "PNG"), [0, 255, 255]),
+        (saved(Image.fromarray(np.array([[0, 9, 255]], np.uint8)).convert("P"), "PNG"), [0, 9, 255]),
+        (saved(Image.fromarray(np.array([[0, 9, 255]], np.uint8)).convert("LA"), "PNG"), [0, 9, 255]),
+        (saved(Image.fromarray(np.array([[0, 9, 255]], np.uint8)).convert("RGBA"), "PNG"), [0, 9, 255]),
+        (saved(Image.fromarray(np.array([[0, 9, 255]], np.uint8)).convert("RGB").convert("CMYK"), "TIFF"), [0, 9, 255]),
+    ],
+    ids=[
+        "tiff",
+        "tiff of big ends",
+        "pgm",
+        "pgm of 10 bits",
+        "pgm of 8 bits",
+        "1 bit",
+        "palette",
+        "LA",
+        "RGBA",
+        "CMYK",
+    ],
+)
+def test_images_of_every_depth_become_eight_bits(content, wanted):
+    image = decode(lambda: Image.open(io.BytesIO(content)), "it")
+    assert np.asarray(image)[0].tolist() == [[value] * 3 for value in wanted]
+
+
+def test_twelve_bits_of_a_tiff_are_scaled_by_their_range():
+    # One line of two values, 0x800 and 0xFFF, packed.
+    entries = [(256, 3, 2), (257, 3, 1), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1), (278, 3, 1)]
+    entries += [(279, 4, 3)]
+    table = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
+    content = b"II*\0" + struct.pack("<I", 12) + bytes([0x80, 0x0F, 0xFF, 0])
+    content += struct.pack("<H", len(entries)) + table + bytes(4)
+    image = decode(lambda: Image.open(io.BytesIO(content)), "it")
+    assert np.asarray(image)[0, :, 0].tolist() == [0x80, 0xFF]
+
+
+@pytest.mark.parametrize(("dtype", "what"), [(np.int32, "integers of 32 bits"), (np.float32, "floating-point numbers")])
+def test_values_without_a_known_range_are_refused(dtype, what):
+    content = saved(Image.fromarray(DEEP.astype(dtype)), "TIFF")
+    with pytest.raises(AssetError, match=f"it holds {what}, whose range is not known; store it with 8 or 16 bits"):
+        decode(lambda: Image.open(io.BytesIO(content)), "it")

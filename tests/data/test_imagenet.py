@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import re
 
 import numpy as np
 import pyarrow
@@ -76,6 +77,19 @@ def test_wrong_folders_are_one_sentence_each(folders, tmp_path):
     (folders / "train" / "cats").mkdir()
     with pytest.raises(AssetError, match=r"val holds class folders without images: .*cats"):
         read(folders, num_classes=4)
+
+
+def test_files_that_are_not_read_are_counted(folders, capsys):
+    names = list(read(folders).names)
+    assert capsys.readouterr().err == ""
+    first = folders / "val" / names[0]
+    content = first.with_suffix(".JPEG").read_bytes()
+    for name in ("capital.PNG", "moved.avif", "no_ending"):
+        (first.parent / name).write_bytes(content)
+    (folders / "val" / "beside.JPEG").write_bytes(content)
+    assert sorted(read(folders).names) == sorted([*names, f"{first.parent.name}/capital"])
+    said = r"Files of .*val that are not read, as .* \.jpg, .*: 3, the first is beside\.JPEG\.\n"
+    assert re.fullmatch(said, capsys.readouterr().err)
 
 
 def test_unsorted_validation_images_are_recognised(tmp_path):

@@ -37,6 +37,17 @@ def write_shards(root, part, labels, shards=2, **broken):
                         archive.addfile(info, io.BytesIO(content))
 
 
+def write_files(root, files, shard="train-0.tar"):
+    """A shard with files as they are given: pictures and texts, by name."""
+    root.mkdir(exist_ok=True)
+    with tarfile.open(root / shard, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in files.items():
+            content = content.encode() if isinstance(content, str) else jpeg_bytes(content)
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
 def read(root, part="train", num_classes=3, **options):
     return imagenet(str(root), part, num_classes=num_classes, **{"subset": False, **options})
 
@@ -81,6 +92,45 @@ def test_wrong_shards_are_one_sentence_each(tmp_path, broken, message):
     write_shards(tmp_path / "set", "train", LABELS, **broken)
     with pytest.raises(AssetError, match=message):
         read(tmp_path / "set")
+
+
+def test_samples_with_dots_and_capitals_in_their_names_are_read(tmp_path, capsys):
+    files = {}
+    for row, name in enumerate(["s0", "s1.5", "s1.7", "v2.0/s3", "s4"]):
+        image, label = (".JPG", ".CLS") if name == "s4" else (".jpg", ".cls")
+        files |= {name + image: picture(row), name + label: str(row % 3), f"{name}.json": "{}"}
+    # WebDataset's own samples: an image under a name of its own, and a further image.
+    files |= {"s5.input.jpg": picture(5), "s5.cls": "2", "s0.mask.png": picture(9), "s0.coarse.cls": "1"}
+    write_files(tmp_path, files, "set-train-0.TAR")
+    source = read(tmp_path)
+    assert list(source.names) == ["s0", "s1.5", "s1.7", "v2.0/s3", "s4", "s5"]
+    assert source.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    for row in range(6):
+        assert np.abs(pixels(source.image(row)).astype(int) - picture(row)).max() <= 2
+    assert capsys.readouterr().err == ""
+    # What belongs to no sample is counted, also where the index comes from the cache.
+    write_files(tmp_path, {**files, "README": "", "._s0.jpg": "", "s7.json": "{}"}, "set-train-0.TAR")
+    for _ in range(2):
+        assert read(tmp_path).names == source.names
+        said = (
+            f"Files of the shards in {tmp_path} that are not read, as they belong to no sample: 3, the first is README."
+        )
+        assert capsys.readouterr().err == f"{said}\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"s1.5.jpg": picture(1)}, r"s1\.5 has no cls"),
+        ({"s1.5.cls": "1"}, r"s1\.5 has no image"),
+        ({"s1.a.jpg": picture(1), "s1.b.jpg": picture(1), "s1.cls": "1"}, r"s1 has 2 images for 1 cls"),
+        ({"s1.png": picture(1), "s1.jpg": picture(1), "s1.cls": "1"}, r"s1 has two images, the second is s1\.jpg"),
+    ],
+)
+def test_samples_that_are_not_one_image_and_one_label_are_refused(tmp_path, files, message):
+    write_files(tmp_path, {"s0.jpg": picture(0), "s0.cls": "0", **files})
+    with pytest.raises(AssetError, match=message):
+        read(tmp_path)
 
 
 def test_missing_and_truncated_shards_are_named(tmp_path):
