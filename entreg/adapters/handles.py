@@ -65,9 +65,7 @@ class Capture:
     key_mask: Tensor | None = None
 
     def _part(self, index: int) -> Tensor:
-        batch, n, _ = self.qkv.shape
-        heads = self._attention.num_heads
-        return self.qkv.reshape(batch, n, 3, heads, -1)[:, :, index].transpose(1, 2)
+        return self.qkv.unflatten(-1, (3, self._attention.num_heads, -1))[:, :, index].transpose(1, 2)
 
     @property
     def queries(self) -> Tensor:
@@ -253,32 +251,35 @@ class VisionSparsifyHandle(SparsifyHandle):
         gate: modules of a learned gate by layer, or None; their parameters are the handle's, not the model's.
         gates: values in [0, 1] of every gate in the last forward pass, (batch, patches) each, with their gradient.
         budgets: of the last forward pass: number of keys, or density, of each layer with sparse attention.
+        positions: (batch, m) original position of each token that the layer sees which is at work, while recording.
+        path: the module that stands in for the model's blocks.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        changed: list[str],
-        undo: Callable[[nn.Module], None],
-        gate: nn.ModuleDict | None,
-        record: bool,
-    ) -> None:
-        super().__init__(model, changed, undo, record)
+    def __init__(self, model: nn.Module, gate: nn.ModuleDict | None, record: bool) -> None:
+        super().__init__(model, [], self._restore, record)
         self.gate = gate
         self.gates: list[Tensor] = []
         self.computed_entries: list[float] = []
         self.counting = False
         self.budgets: Mapping[int, int | float] = {}
+        self.positions: Tensor | None = None
+        self.path: Any = None
 
     def begin(self, budgets: Mapping[int, int | float]) -> None:
         """Forget the forward pass before; called by the sparse path itself."""
         self.selections, self.gates = [], []
         self.computed_entries = []
-        self.budgets = budgets
+        self.budgets, self.positions = budgets, None
+
+    def _restore(self, model: nn.Module) -> None:
+        self.path.restore(model)
 
     def _twin(self, model: nn.Module, memo: dict[int, Any]) -> VisionSparsifyHandle:
-        gate = copy.deepcopy(self.gate, memo)
-        return VisionSparsifyHandle(model, list(self.changed), self._undo, gate, self.record)
+        # The path leads back here.
+        memo[id(self)] = twin = VisionSparsifyHandle(model, copy.deepcopy(self.gate, memo), self.record)
+        twin.path, twin.changed = copy.deepcopy(self.path, memo), list(self.changed)
+        twin._undo = self._undo and twin._undo
+        return twin
 
     @torch.no_grad()
     def realised_sparsity(self, images: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def attention_output(attention: nn.Module, x: Tensor, attend: Attend) -> Tensor:
     if attention.training and attention.attn_drop.p > 0:
         raise InputError("the sparse path has no attention dropout; build the model with attn_drop_rate=0")
     gate = getattr(attention, "gate", None)
-    qkv = attention.qkv(x).unflatten(2, (3, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4)
+    qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
     out = attend(attention.q_norm(q), attention.k_norm(k), v).transpose(1, 2).flatten(2)
     out = getattr(attention, "norm", nn.Identity())(out)
@@ -66,10 +67,9 @@ class SparseAttention(nn.Module):
         self.num_prefix, self.generator, self.handle = num_prefix, generator, handle
 
     def stock(self) -> nn.Module:
-        """The stock module, in the mode of this one."""
+        """The stock module, with what was changed of this one since."""
         (attention,) = self._stock
-        attention.training = self.training
-        return attention
+        return taken_back(attention, self)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """As the stock module; a mask may only be a bias per key, (batch, 1, 1, n)."""
@@ -80,10 +80,7 @@ class SparseAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> Tensor:
         """(batch, heads, n, d) each, and a (batch, n) bias of the keys, to (batch, heads, n, d)."""
-        require_no_trace()
         settings, handle = self.settings, self.handle
-        if len(q) == 0:
-            return dense_attention(q, k, v, scale=self.scale)
         budget = handle.budgets[self.layer]
         if isinstance(settings, ColumnSparsity):
             plan = make_plan(
@@ -110,11 +107,54 @@ class SparseAttention(nn.Module):
                 block_size=settings.block_size,
                 num_parts=settings.num_parts,
             )
-        if handle.record:
-            handle.selections.append(Selection(self.layer, kept=plan.keys, plan=plan))
+        # Gradient checkpointing runs a layer twice.
+        if handle.record and all(one.layer != self.layer or one.plan is None for one in handle.selections):
+            kept = plan.keys
+            if kept is not None:
+                kept = handle.positions.unsqueeze(1).expand(-1, kept.shape[1], -1).gather(2, kept)
+            handle.selections.append(Selection(self.layer, kept=kept, plan=plan))
         if handle.counting:
             handle.computed_entries[-1] = handle.computed_entries[-1] * plan.density
         return sparse_attention(q, k, v, plan, backend=settings.backend, scale=self.scale, key_bias=key_bias)
+
+
+class RecordedPatchDropout(nn.Module):
+    """Stock dropout of patches that knows afterwards which ones it left.
+
+    Args:
+        dropout: the stock ``timm.layers.PatchDropout``.
+    """
+
+    def __init__(self, dropout: nn.Module) -> None:
+        super().__init__()
+        self.__dict__.update(dropout.__dict__)
+        self._stock = (dropout,)
+        self._tokens, self._kept = 0, None
+
+    def stock(self) -> nn.Module:
+        """The stock module, with what was changed of this one since."""
+        (dropout,) = self._stock
+        return taken_back(dropout, self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, n, c) to (batch, m, c), as the stock module, with the same random numbers."""
+        from timm.layers.patch_dropout import patch_dropout_forward
+
+        left, kept = patch_dropout_forward(x, self.prob, self.num_prefix_tokens, self.ordered, self.training)
+        self._tokens, self._kept = x.shape[1], kept
+        return left
+
+    def positions(self, x: Tensor) -> tuple[int, Tensor]:
+        """Original number of tokens in the last pass, and the original position of each that was left, (batch, m).
+
+        Args:
+            x: (batch, m, c), the tokens that were left.
+        """
+        positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        if self._kept is None:
+            return x.shape[1], positions
+        prefix = self.num_prefix_tokens
+        return self._tokens, torch.cat((positions[:, :prefix], self._kept + prefix), 1)
 
 
 class BlockInParts(nn.Module):
@@ -178,26 +218,47 @@ class BlockGuard:
         self.admitted = False
 
 
-def require_no_trace() -> None:
-    """Make sure that ``torch.jit.trace`` does not record a choice, which it would keep for all images.
+class _PlainSizes(Tensor):
+    """A tensor whose sizes are numbers while ``torch.jit.trace`` runs, which makes tensors of them."""
 
-    Raises:
-        InputError: it would.
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call = partial(super().__torch_function__, function, types, args, kwargs or {})
+        if function not in (Tensor.shape.__get__, Tensor.size, Tensor.numel, Tensor.__len__):
+            return call()
+        state = torch._C._get_tracing_state()
+        torch._C._set_tracing_state(None)
+        try:
+            return call()
+        finally:
+            torch._C._set_tracing_state(state)
+
+
+def with_plain_sizes(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)`` while ``torch.jit.trace`` runs, with sizes that are numbers for whatever comes from x.
+
+    What is traced holds for these sizes: another batch size ends in PyTorch's error about the shape.
     """
-    if torch.jit.is_tracing():
-        raise InputError(
-            "torch.jit.trace cannot record the sparse path, whose choice depends on the image; remove() it first"
-        )
+    sizes = [int(size) for size in x.shape]
+    return function(x.view(sizes).as_subclass(_PlainSizes)).as_subclass(Tensor)
+
+
+def taken_back(stock: nn.Module, ours: nn.Module) -> nn.Module:
+    """A stock module, with whatever was set or replaced in the module that stood in for it."""
+    vars(stock).update({name: value for name, value in vars(ours).items() if name in vars(stock)})
+    return stock
 
 
 def projected(block: nn.Module, x: Tensor, index: int) -> Tensor:
     """(batch, heads, rows, d): queries (0) or keys (1) of normalised tokens, without the other projections."""
     attention: Any = block.attn
-    width = attention.qkv.weight.shape[0] // 3
-    part = slice(index * width, (index + 1) * width)
-    bias = attention.qkv.bias
-    y = F.linear(x, attention.qkv.weight[part], None if bias is None else bias[part])
-    y = y.reshape(*x.shape[:2], attention.num_heads, -1).transpose(1, 2)
+    if isinstance(attention.qkv, nn.Linear) and type(attention.qkv).forward is nn.Linear.forward:
+        weight, bias = attention.qkv.weight, attention.qkv.bias
+        y = F.linear(x, weight.chunk(3)[index], None if bias is None else bias.chunk(3)[index])
+    else:
+        # Something was put around it, whose weight may not be all that counts. Hooks must not see this pass.
+        y = attention.qkv.forward(x).chunk(3, -1)[index]
+    y = y.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
     return (attention.q_norm if index == 0 else attention.k_norm)(y)
 
 

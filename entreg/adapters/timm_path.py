@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from entreg.adapters.budgets import Budgets, resolve_budgets
+from entreg.adapters.budgets import Budgets, Plan, resolve_budgets
 from entreg.adapters.handles import Selection, VisionSparsifyHandle
 from entreg.adapters.timm_blocks import (
     BlockGuard,
     BlockInParts,
+    RecordedPatchDropout,
     SparseAttention,
     attention_dtype,
     projected,
-    require_no_trace,
+    taken_back,
+    with_plain_sizes,
 )
-from entreg.errors import ConfigError
+from entreg.errors import ConfigError, InputError
 from entreg.sparse import (
     BlockSparsity,
     ColumnSparsity,
@@ -40,6 +44,11 @@ from entreg.sparse import (
 )
 from entreg.sparse.scores import sampled_positions
 
+_CHANGED = (
+    "blocks of the model were replaced, or others put beside them, after sparsify(), and the sparse path does not know "
+    "them: remove() it, then call sparsify() again"
+)
+
 # Groups in which images with budgets of their own are run.
 _BUCKETS = 4
 
@@ -49,7 +58,7 @@ class _State:
     """What one forward pass knows beside the tokens.
 
     Attributes:
-        tokens: original number of tokens.
+        tokens: original number of tokens, those that the model dropped by itself included.
         keep: patch tokens that each plan in turn keeps; None where every image decides.
         positions: (batch, m) original position of each token, kept while recording.
         sizes: (batch, m) how many tokens each stands for; None while every one stands for itself.
@@ -101,7 +110,7 @@ class SparseBlocks(nn.Sequential):
     def __init__(
         self,
         blocks: nn.Sequential,
-        plans: Sequence[ColumnSparsity | BlockSparsity | TokenSparsity | TokenMerging],
+        plans: Sequence[Plan],
         num_prefix: int,
         handle: VisionSparsifyHandle,
         generator: torch.Generator | None,
@@ -115,31 +124,48 @@ class SparseBlocks(nn.Sequential):
         self.merging = next((plan for plan in plans if isinstance(plan, TokenMerging)), None)
         self.num_prefix, self.generator, self.handle = num_prefix, generator, handle
         self.checkpointing = False
-        self._budgets: dict[int, Budgets] = {}
+        self._budgets: dict[tuple[int, str], Budgets] = {}
+        self._made_for = tuple((block, block.attn) for block in self)
         read = {plan.before_layer - 1 for plan in self.reductions if plan.score_source == "previous"}
         in_parts = range(len(self)) if self.merging is not None else sorted(read)
         self._in_parts = {layer: BlockInParts(self[layer]) for layer in in_parts}
         self._guard = BlockGuard()
-        self._guard_hook = self[0].register_forward_pre_hook(self._guard)
+        self._hooks = [
+            self[0].register_forward_pre_hook(self._guard),
+            handle.model.patch_embed.register_forward_pre_hook(PassGuard(handle)),
+        ]
 
-    def restore(self) -> nn.Sequential:
-        """The stock container, with its stock attention modules; this one is of no use any more."""
-        (blocks,) = self._stock
-        # Children are shared; the swapped containers' own flags are not.
-        blocks.training = self.training
-        for block in blocks:
-            if isinstance(block.attn, SparseAttention):
-                block.attn = block.attn.stock()
-        self._guard_hook.remove()
-        return blocks
+    def restore(self, model: nn.Module) -> None:
+        """Give the model its stock modules back, with what was changed of them since; this one is of no use any more.
+
+        Blocks that the model has no more are stock ones again as well; blocks that it got since stay as they are.
+        """
+        for block, attention in self._made_for:
+            if isinstance(attention, SparseAttention) and block.attn is attention:
+                block.attn = attention.stock()
+        for hook in self._hooks:
+            hook.remove()
+        if isinstance(model.patch_drop, RecordedPatchDropout):
+            model.patch_drop = model.patch_drop.stock()
+        if isinstance(model.blocks, SparseBlocks):
+            (blocks,) = self._stock
+            model.blocks = taken_back(blocks, model.blocks)
 
     def budgets(self, num_tokens: int) -> Budgets:
-        """What the plans leave of a model's number of tokens, see :func:`resolve_budgets`."""
-        if num_tokens not in self._budgets:
-            self._budgets[num_tokens] = resolve_budgets(
+        """What the plans leave of a model's number of tokens, see :func:`resolve_budgets`.
+
+        Raises:
+            ConfigError: the plans do not fit the model, as it is now, or the number of tokens.
+        """
+        model = self.handle.model
+        # Pooling may have changed since.
+        key = num_tokens, model.global_pool
+        if key not in self._budgets:
+            require_fit(model, self.plans)
+            self._budgets[key] = resolve_budgets(
                 self.plans, num_tokens=num_tokens, num_prefix=self.num_prefix, depth=len(self)
             )
-        return self._budgets[num_tokens]
+        return self._budgets[key]
 
     def set_checkpointing(self, wanted: bool) -> None:
         """Compute the blocks again in the backward pass of training, instead of keeping what they computed.
@@ -156,26 +182,83 @@ class SparseBlocks(nn.Sequential):
         self.checkpointing = wanted
 
     def __getitem__(self, index: int | slice) -> nn.Module:
-        """A block; or some, in a plain container: they are not the path any more."""
-        if isinstance(index, slice):
-            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
-        return super().__getitem__(index)
+        """A block; the first ones as the path through them; or others in a plain container, which is no path."""
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        chosen = list(self._modules.items())[index]
+        if not chosen or chosen != list(self._modules.items())[: len(chosen)]:
+            return nn.Sequential(OrderedDict(chosen))
+        first = copy.copy(self)
+        first._modules = OrderedDict(chosen)
+        first._budgets = {}
+        return first
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, n, c) to (batch, m, c)."""
-        # A number even while torch.jit.trace records.
+        """(batch, n, c) to (batch, m, c).
+
+        Raises:
+            InputError: the blocks are not those that the path was made for; or ``torch.jit.trace`` runs them, and what
+                the plans choose cannot be traced.
+            ConfigError: see :meth:`budgets`.
+        """
+        self._require_unchanged()
+        handle = self.handle
+        if torch.jit.is_tracing():
+            # What leaves nothing out is traced for any number of images.
+            if self._is_dense(int(x.shape[1])):
+                return self._pass(x)
+            self._require_traceable()
+            return with_plain_sizes(self._pass, x)
+        if len(x) > 0:
+            return self._pass(x)
+        # How many tokens of no image are left is seen on one.
+        left = self._pass(torch.cat((x, x.new_zeros(1, *x.shape[1:]))))[:0]
+        handle.selections, handle.gates = [], [gate[:0] for gate in handle.gates]
+        return left
+
+    def _is_dense(self, tokens: int) -> bool:
+        patches = tokens - self.num_prefix
+        return len(self.plans) == len(self.reductions) and all(
+            plan.score != "gate" and keep is not None and keep >= patches
+            for plan, keep in zip(self.reductions, self.budgets(tokens).keep, strict=True)
+        )
+
+    def _pass(self, x: Tensor) -> Tensor:
+        # A number even while torch.jit.trace runs.
         tokens = int(x.shape[1])
         budgets = self.budgets(tokens)
-        self.handle.begin(budgets.attention)
-        if x.numel() == 0:
-            # Without images there is nothing to choose from.
-            for layer in range(len(self)):
-                x = self._whole_block(x, layer, None)
-            return x
+        handle = self.handle
+        handle.begin(budgets.attention)
         state = _State(tokens, budgets.keep)
-        if self.handle.record:
-            state.positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        if handle.record:
+            dropout = handle.model.patch_drop
+            if isinstance(dropout, RecordedPatchDropout):
+                state.tokens, state.positions = dropout.positions(x)
+            else:
+                state.positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         return self._run(x, 0, state)
+
+    def _require_unchanged(self) -> None:
+        for layer, block in enumerate(self):
+            made_for, attention = self._made_for[layer] if layer < len(self._made_for) else (None, None)
+            # A wrapper of the block will do where the block is run as a whole.
+            same = block is made_for or (layer not in self._in_parts and getattr(block, "attn", None) is attention)
+            if not same or made_for.attn is not attention:
+                raise InputError(_CHANGED)
+
+    def _require_traceable(self) -> None:
+        for plan in self.plans:
+            what = None
+            if isinstance(plan, BlockSparsity) or (isinstance(plan, ColumnSparsity) and plan.backend != "gather"):
+                what = "block plans, nor column plans of another backend than 'gather'"
+            elif isinstance(plan, TokenSparsity) and plan.entropy_budget is not None:
+                what = "budgets that every image has for itself"
+            elif isinstance(plan, TokenSparsity) and plan.score == "gate":
+                what = "a learned gate, which is no part of the model"
+            elif self.generator is not None:
+                what = "what a generator draws"
+            if what is not None:
+                raise InputError(f"torch.jit.trace cannot follow {what}; remove() the sparse path first")
 
     def _run(self, x: Tensor, first: int, state: _State) -> Tensor:
         for layer in range(first, len(self)):
@@ -212,11 +295,11 @@ class SparseBlocks(nn.Sequential):
         if bias is not None:
             bias = bias.to(attention_dtype(x))
         mask = None if bias is None else bias[:, None, None]
+        self.handle.positions = state.positions
         if layer not in self._in_parts:
             if self.checkpointing and self.training and torch.is_grad_enabled():
                 return checkpoint(self._whole_block, x, layer, mask, use_reentrant=False)
             return self._whole_block(x, layer, mask)
-        require_no_trace()
         if layer == 0:
             self._guard.admit()
 
@@ -245,7 +328,6 @@ class SparseBlocks(nn.Sequential):
         patches = n - p
         if isinstance(keep, int) and keep >= patches and plan.score != "gate":
             return x, None
-        require_no_trace()
         handle = self.handle
         keys = self._keys(x, layer, plan, state)
         scores = self._scores(x, layer, plan, state, keys)
@@ -358,3 +440,88 @@ class SparseBlocks(nn.Sequential):
     def _count(self, entries: float) -> None:
         """Adds computed score entries, in units of one dense layer."""
         self.handle.computed_entries.append(entries)
+
+
+class PassGuard:
+    """Hook of the patch embedding, with which every pass begins: the model must still have the path.
+
+    Args:
+        handle: of the path.
+    """
+
+    def __init__(self, handle: VisionSparsifyHandle) -> None:
+        self.handle = handle
+
+    def __call__(self, embedding: nn.Module, args: Any) -> None:
+        blocks = self.handle.model.blocks
+        if not isinstance(blocks, SparseBlocks) or blocks.handle is not self.handle:
+            raise InputError(_CHANGED)
+
+
+def attach(handle: VisionSparsifyHandle, plans: Sequence[Plan], generator: torch.Generator | None) -> None:
+    """Put the path into a stock model.
+
+    Args:
+        handle: of the model; it learns what changed.
+        plans: single plans that fit the model.
+        generator: of sampled queries and random scores.
+    """
+    model = handle.model
+    prefix, blocks = model.num_prefix_tokens, model.blocks
+    handle.changed.append("blocks")
+    for plan in plans:
+        if not isinstance(plan, ColumnSparsity | BlockSparsity):
+            continue
+        for layer in range(len(blocks)) if plan.layers is None else plan.layers:
+            blocks[layer].attn = SparseAttention(blocks[layer].attn, layer, plan, prefix, handle, generator)
+            handle.changed.append(f"blocks.{layer}.attn")
+    if not isinstance(model.patch_drop, nn.Identity):
+        model.patch_drop = RecordedPatchDropout(model.patch_drop)
+        handle.changed.append("patch_drop")
+    model.blocks = handle.path = SparseBlocks(blocks, plans, prefix, handle, generator)
+
+
+def attached(model: nn.Module) -> VisionSparsifyHandle | None:
+    """The handle of the path that is in a model, or of what is left of it; None if there is none."""
+    for hook in model.patch_embed._forward_pre_hooks.values():
+        if isinstance(hook, PassGuard):
+            return hook.handle
+    return None
+
+
+def require_fit(model: nn.Module, plans: Sequence[Plan]) -> None:
+    """Make sure that plans can be carried out in a model as it is.
+
+    Args:
+        model: timm ViT.
+        plans: single plans.
+
+    Raises:
+        ConfigError: they do not fit the model or each other.
+    """
+    depth = len(model.blocks)
+    if len(plans) > 1 and any(isinstance(plan, TokenSparsity) and plan.entropy_budget is not None for plan in plans):
+        raise ConfigError("a plan with an entropy_budget cannot be combined with another plan")
+    if sum(isinstance(plan, TokenMerging) for plan in plans) > 1:
+        raise ConfigError("token merging can be given once only")
+    seen: set[int] = set()
+    for plan in plans:
+        if isinstance(plan, TokenSparsity):
+            if plan.before_layer >= depth:
+                raise ConfigError(
+                    f"before_layer must be in [0, {depth - 1}] for a model of {depth} layers, got {plan.before_layer}"
+                )
+            if plan.entropy_budget is not None and model.global_pool not in ("token", ""):
+                raise ConfigError("budgets per image need a model that answers with its class token, not an average")
+            if plan.score == "prefix" and model.num_prefix_tokens == 0:
+                raise ConfigError("the score 'prefix' needs a class token; use 'received'")
+        elif isinstance(plan, TokenMerging):
+            if isinstance(plan.r, tuple) and len(plan.r) != depth:
+                raise ConfigError(f"r must be one number or one for each of {depth} layers, got {len(plan.r)}")
+        else:
+            layers = set(range(depth)) if plan.layers is None else set(plan.layers)
+            if layers and max(layers) >= depth:
+                raise ConfigError(f"layers must be below {depth}, the number of blocks, got {max(layers)}")
+            if layers & seen:
+                raise ConfigError(f"layer {min(layers & seen)} has two attention plans; give it one")
+            seen |= layers

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from entreg.adapters.budgets import Plan, resolve_budgets
 from entreg.adapters.handles import Capture, ProbeHandle, VisionSparsifyHandle, watched_layers
 from entreg.adapters.timm_blocks import SparseAttention
-from entreg.adapters.timm_path import SparseBlocks
+from entreg.adapters.timm_path import attach, attached, require_fit
 from entreg.errors import ConfigError, InputError
 from entreg.sparse import (
     BlockSparsity,
@@ -39,7 +39,11 @@ def sparsify(
 ) -> VisionSparsifyHandle:
     """Put the sparse path into a model.
 
-    A second call replaces what the first one put in. Where timm runs the blocks one by one (its own switch for gradient
+    A second call replaces what the first one put in. The model may be changed meanwhile: after
+    ``prune_intermediate_layers`` the path goes on in the blocks that are left, as far as the plan is possible in them;
+    heads, pooling and image sizes may be others; a pass with replaced or further blocks raises an InputError. What
+    :meth:`remove` gives back is the model with such changes. ``torch.jit.trace`` gives a model for images of the traced
+    batch size. Where timm runs the blocks one by one (its own switch for gradient
     checkpointing, attention masks, ``forward_intermediates``), the pass raises an InputError: it would be dense; the
     path has a switch of its own, ``model.blocks.set_checkpointing``, which the training loop uses.
 
@@ -63,18 +67,11 @@ def sparsify(
     _require_supported(model)
     plans = _plans(model, sparsity)
     gate = _gate(model, plans, gate)
-    if isinstance(model.blocks, SparseBlocks):
-        model.blocks.handle.remove()
-    prefix, blocks = model.num_prefix_tokens, model.blocks
-    changed = ["blocks"]
-    handle = VisionSparsifyHandle(model, changed, _restore, gate, record)
-    for plan in plans:
-        if not isinstance(plan, ColumnSparsity | BlockSparsity):
-            continue
-        for layer in range(len(blocks)) if plan.layers is None else plan.layers:
-            blocks[layer].attn = SparseAttention(blocks[layer].attn, layer, plan, prefix, handle, generator)
-            changed.append(f"blocks.{layer}.attn")
-    model.blocks = SparseBlocks(blocks, plans, prefix, handle, generator)
+    earlier = attached(model)
+    if earlier is not None:
+        earlier.remove()
+    handle = VisionSparsifyHandle(model, gate, record)
+    attach(handle, plans, generator)
     return handle
 
 
@@ -104,12 +101,19 @@ def probe(model: nn.Module, layers: Sequence[int] | None = None) -> ProbeHandle:
 
     handle = ProbeHandle(model, [f"blocks.{layer}" for layer in chosen], undo)
     open_captures: dict[int, Capture] = {}
+    watched = {layer: model.blocks[layer].attn.qkv for layer in chosen}
 
     # A copy of the model has copies of the hooks, which still lead here: they must not report.
     def begin(module: nn.Module, args: Any) -> None:
         if module is model.patch_embed:
             handle.captures = []
             open_captures.clear()
+            for layer, projection in watched.items():
+                # What the model has no more is not missed.
+                if layer < len(model.blocks) and model.blocks[layer].attn.qkv is not projection:
+                    raise InputError(
+                        f"attention of block {layer} was replaced after probe(): remove() it, then call probe() again"
+                    )
 
     def saw_projection(layer: int, attention: nn.Module) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -135,10 +139,6 @@ def probe(model: nn.Module, layers: Sequence[int] | None = None) -> ProbeHandle:
         hooks.append(block.attn.qkv.register_forward_hook(saw_projection(layer, block.attn)))
         hooks.append(block.register_forward_hook(saw_block(layer, block)))
     return handle
-
-
-def _restore(model: nn.Module) -> None:
-    model.blocks = model.blocks.restore()
 
 
 def _require_supported(model: nn.Module) -> None:
@@ -168,7 +168,7 @@ def _plans(model: nn.Module, sparsity: float | Sparsity) -> list[Plan]:
             return _plans(model, TokenSparsity(sparsity=float(sparsity), before_layer=1))
         except ConfigError:
             return _plans(model, TokenSparsity(sparsity=float(sparsity), before_layer=0))
-    _require_fit(model, plans)
+    require_fit(model, plans)
     tokens = _num_tokens(model)
     if tokens is not None:
         prefix, depth = model.num_prefix_tokens, len(model.blocks)
@@ -182,35 +182,6 @@ def _num_tokens(model: nn.Module) -> int | None:
     if patches is None or getattr(model, "dynamic_img_size", False):
         return None
     return patches + model.num_prefix_tokens
-
-
-def _require_fit(model: nn.Module, plans: Sequence[Plan]) -> None:
-    depth = len(model.blocks)
-    if len(plans) > 1 and any(isinstance(plan, TokenSparsity) and plan.entropy_budget is not None for plan in plans):
-        raise ConfigError("a plan with an entropy_budget cannot be combined with another plan")
-    if sum(isinstance(plan, TokenMerging) for plan in plans) > 1:
-        raise ConfigError("token merging can be given once only")
-    seen: set[int] = set()
-    for plan in plans:
-        if isinstance(plan, TokenSparsity):
-            if plan.before_layer >= depth:
-                raise ConfigError(
-                    f"before_layer must be in [0, {depth - 1}] for a model of {depth} layers, got {plan.before_layer}"
-                )
-            if plan.entropy_budget is not None and model.global_pool not in ("token", ""):
-                raise ConfigError("budgets per image need a model that answers with its class token, not an average")
-            if plan.score == "prefix" and model.num_prefix_tokens == 0:
-                raise ConfigError("the score 'prefix' needs a class token; use 'received'")
-        elif isinstance(plan, TokenMerging):
-            if isinstance(plan.r, tuple) and len(plan.r) != depth:
-                raise ConfigError(f"r must be one number or one for each of {depth} layers, got {len(plan.r)}")
-        else:
-            layers = set(range(depth)) if plan.layers is None else set(plan.layers)
-            if layers and max(layers) >= depth:
-                raise ConfigError(f"layers must be below {depth}, the number of blocks, got {max(layers)}")
-            if layers & seen:
-                raise ConfigError(f"layer {min(layers & seen)} has two attention plans; give it one")
-            seen |= layers
 
 
 def _gate(model: nn.Module, plans: Sequence[Plan], given: nn.ModuleDict | None) -> nn.ModuleDict | None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from entreg.adapters import probe, sparsify
 from entreg.errors import ConfigError, InputError
 from entreg.sparse import (
+    BlockSparsity,
     ColumnSparsity,
     Combined,
     EntropyBudget,
@@ -300,32 +302,21 @@ def test_of_a_model_for_any_image_size_the_forward_pass_knows_what_is_possible()
         model(images())
 
 
+@pytest.mark.parametrize("kind", ["class token", "no pooling"])
 @pytest.mark.parametrize("name", PLANS)
 @torch.no_grad()
-def test_a_batch_without_images_has_no_logits(name):
-    model = small_model()
-    wanted = model(images(0))
+def test_a_batch_without_images_has_no_logits(name, kind):
+    model, stock = small_model(kind), small_model(kind)
     with sparsify(model, PLANS[name], record=True) as handle:
-        out = model(images(0))
-        assert (out.shape, out.dtype) == (wanted.shape, wanted.dtype)
+        some, out = model(images()), model(images(0))
+        assert (out.shape, out.dtype) == ((0, *some.shape[1:]), some.dtype)
         assert handle.selections == []
         with pytest.raises(InputError, match="at least one image"):
             handle.realised_sparsity(images(0))
         # The pass after it is like any other.
-        assert model(images()).shape == (3, 5)
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", PLANS)
-@torch.no_grad()
-def test_a_trace_is_of_the_dense_model_or_refused(name):
-    model, x = small_model(), images()
-    wanted = model(x)
-    with sparsify(model, PLANS[name]), pytest.raises(InputError, match=r"torch\.jit\.trace"):
-        torch.jit.trace(model, x)
+        assert torch.equal(model(images()), some)
     with sparsify(model, 0.0):
-        traced = torch.jit.trace(model, images(2), check_trace=False)
-    assert torch.equal(traced(x), wanted)
+        assert torch.equal(model(images(0)), stock(images(0)))
 
 
 @pytest.mark.xdist_group("compiling")
@@ -453,6 +444,282 @@ def test_a_model_can_be_copied_after_a_recorded_training_pass():
         other.remove()
         assert handle.active
     assert type(other.model.blocks) is nn.Sequential
+
+
+def changed_by(change, kind="class token", **options):
+    """Two models, the second changed as ``change`` does it, and the path meanwhile in neither."""
+    model, other = small_model(kind, **options), small_model(kind, **options)
+    change(other)
+    return model, other
+
+
+CHANGES = {
+    "pruned": lambda model: model.prune_intermediate_layers([1]),
+    "pruned to the last": lambda model: model.prune_intermediate_layers([3], prune_head=False),
+    "pruned norm": lambda model: model.prune_intermediate_layers([2], prune_norm=True),
+    "head reset": lambda model: (torch.manual_seed(3), model.reset_classifier(7)),
+    "averaged": lambda model: (torch.manual_seed(3), model.reset_classifier(7, "avg")),
+    "input size": lambda model: model.set_input_size(img_size=48),
+    "patch size": lambda model: model.set_input_size(img_size=64, patch_size=16),
+    "unfused": lambda model: [setattr(block.attn, "fused_attn", False) for block in model.blocks],
+    "head pruned": lambda model: halve_heads(model.blocks[1].attn),
+    "further projection": lambda model: setattr(model.blocks[1].attn, "qkv", Added(model.blocks[1].attn.qkv)),
+}
+
+
+class Added(nn.Module):
+    """A projection with a further one, that shows the weight of the first as its own, as low-rank additions do."""
+
+    def __init__(self, stock):
+        super().__init__()
+        self.stock, self.weight, self.bias = stock, stock.weight, stock.bias
+        self.further = nn.Linear(stock.in_features, stock.out_features, bias=False)
+        nn.init.constant_(self.further.weight, 0.3)
+
+    def forward(self, x):
+        return self.stock(x) + self.further(x.sin())
+
+
+def halve_heads(attention):
+    """The first of two heads alone."""
+    qkv, width = attention.qkv, attention.head_dim
+    attention.num_heads, attention.attn_dim = 1, width
+    attention.qkv = nn.Linear(qkv.in_features, 3 * width)
+    attention.qkv.weight = nn.Parameter(torch.cat([part[:width] for part in qkv.weight.detach().chunk(3)]))
+    attention.qkv.bias = nn.Parameter(torch.cat([part[:width] for part in qkv.bias.detach().chunk(3)]))
+    attention.proj = nn.Linear(width, qkv.in_features)
+    nn.init.ones_(attention.proj.weight), nn.init.zeros_(attention.proj.bias)
+
+
+@pytest.mark.parametrize("name", ["drop", "stem", "previous", "columns", "merging", "combined"])
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_model_may_be_changed_under_the_path(change, name):
+    """The path in the changed model is that which is put into the changed model, and removed it leaves that model."""
+    model, other = changed_by(CHANGES[change])
+    x = torch.randn(3, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
+    handle = sparsify(model, PLANS[name], record=True)
+    model(x)
+    CHANGES[change](model)
+    x = torch.randn(3, 3, *other.patch_embed.img_size, generator=torch.Generator().manual_seed(2))
+    wanted = other(x)
+    with sparsify(other, PLANS[name], record=True) as again:
+        assert torch.equal(model(x), other(x))
+    kept = [(one.layer, one.kept.tolist()) for one in handle.selections]
+    assert kept == [(one.layer, one.kept.tolist()) for one in again.selections]
+    assert len(kept) > 0
+    handle.remove()
+    assert torch.equal(model(x), wanted)
+    assert [type(module) for module in model.modules()] == [type(module) for module in other.modules()]
+    assert list(model.state_dict()) == list(other.state_dict())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@torch.no_grad()
+def test_what_is_added_to_a_projection_decides_too():
+    model, x = small_model(), images()
+    CHANGES["further projection"](model)
+    with sparsify(model, TokenSparsity(keep=5, before_layer=1, num_sampled_queries=None), record=True) as handle:
+        model(x)
+    scores = exact_scores(model.blocks[1], model.blocks[0](embedded(model, x)), 1)
+    torch.testing.assert_close(handle.selections[0].scores, scores, rtol=1e-5, atol=1e-6)
+
+
+def put(model, blocks):
+    model.blocks = blocks
+
+
+REPLACEMENTS = {
+    "blocks": lambda model, stock: put(model, stock.blocks),
+    "blocks in a new container": lambda model, stock: put(model, nn.Sequential(*model.blocks)),
+    "the last blocks": lambda model, stock: put(model, model.blocks[1:]),
+    "every other block": lambda model, stock: put(model, model.blocks[::2]),
+    "first block": lambda model, stock: model.blocks.__setitem__(0, stock.blocks[0]),
+    "last block": lambda model, stock: model.blocks.__setitem__(3, stock.blocks[3]),
+    "attention": lambda model, stock: setattr(model.blocks[1], "attn", stock.blocks[1].attn),
+    "one more": lambda model, stock: model.blocks.append(stock.blocks[0]),
+    "one less": lambda model, stock: model.blocks.__delitem__(1),
+    "order": lambda model, stock: put(model, nn.Sequential(*reversed(model.blocks))),
+}
+
+
+@pytest.mark.parametrize("name", ["drop", "previous", "columns", "merging"])
+@pytest.mark.parametrize("what", REPLACEMENTS)
+@torch.no_grad()
+def test_blocks_that_the_path_does_not_know_are_refused_and_stay(what, name):
+    model, wanted = small_model(), small_model()
+    REPLACEMENTS[what](wanted, small_model())
+    handle = sparsify(model, PLANS[name])
+    REPLACEMENTS[what](model, small_model())
+    with pytest.raises(InputError, match="replaced, or others put beside them, after sparsify"):
+        model(images())
+    handle.remove()
+    assert torch.equal(model(images()), wanted(images()))
+    assert [type(module) for module in model.modules()] == [type(module) for module in wanted.modules()]
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@torch.no_grad()
+def test_a_path_replaces_what_is_left_of_another():
+    model = small_model()
+    sparsify(model, PLANS["columns"])
+    put(model, nn.Sequential(*model.blocks))
+    sparsify(model, PLANS["drop"]).remove()
+    assert torch.equal(model(images()), small_model()(images()))
+    assert [type(module) for module in model.modules()] == [type(module) for module in small_model().modules()]
+
+
+@torch.no_grad()
+def test_what_is_not_possible_any_more_is_refused_and_can_be_removed():
+    budget = TokenSparsity(entropy_budget=EntropyBudget(0.6, 2, 14))
+    for plan, change, sentence in (
+        (TokenSparsity(keep=5, before_layer=3), CHANGES["pruned"], r"before_layer must be in \[0, 1\]"),
+        (ColumnSparsity(keys=5, layers=(3,)), CHANGES["pruned"], "layers must be below 2"),
+        (TokenMerging((1, 2, 3, 4)), CHANGES["pruned"], "one for each of 2 layers"),
+        (TokenSparsity(sparsity=0.45), lambda model: model.prune_intermediate_layers([0]), "must be in"),
+        (budget, CHANGES["averaged"], "answers with its class token"),
+    ):
+        model, other = changed_by(change)
+        handle = sparsify(model, plan)
+        change(model)
+        with pytest.raises(ConfigError, match=sentence):
+            model(images())
+        handle.remove()
+        assert torch.equal(model(images()), other(images()))
+
+
+@torch.no_grad()
+def test_a_probe_goes_on_in_a_pruned_model_and_misses_replaced_attention():
+    model = small_model()
+    with probe(model) as watched:
+        model.prune_intermediate_layers([1])
+        model(images())
+        assert [capture.layer for capture in watched.captures] == [0, 1]
+        model.blocks[1] = small_model().blocks[1]
+        with pytest.raises(InputError, match="attention of block 1 was replaced after probe"):
+            model(images())
+    model(images())
+
+
+@pytest.mark.parametrize("kind", ["class token", "registers", "average"])
+def test_selections_are_in_original_coordinates_under_dropout_of_patches(kind):
+    """The tokens that come to the blocks carry their number: the embedding gives it to them."""
+    model, x = small_model(kind, patch_drop_rate=0.4).train(), images()
+    stock = small_model(kind, patch_drop_rate=0.4).train()
+    prefix = model.num_prefix_tokens
+    left = max(1, int(PATCHES * 0.6)) + prefix
+    seen = []
+    model.norm_pre.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    plan = Combined(
+        (TokenSparsity(keep=6, before_layer=1), TokenSparsity(keep=4, before_layer=2), ColumnSparsity(keys=4))
+    )
+    numbered = model._pos_embed(model.patch_embed(x)).detach()
+
+    def positions(tokens):
+        """Where each token is among all that were embedded."""
+        return (tokens.unsqueeze(2) == numbered.unsqueeze(1)).all(-1).int().argmax(-1)
+
+    with sparsify(model, plan, record=True) as handle:
+        torch.manual_seed(7)
+        model(x).sum().backward()
+    (tokens,) = seen
+    original = positions(tokens)
+    assert original.shape == (3, left)
+    first, second = (one for one in handle.selections if one.plan is None)
+    # Each reduction is of what was left before it; scores are 0 where tokens were gone.
+    for one, before, keep in ((first, original, 6), (second, first.kept, 4)):
+        assert one.kept.shape == (3, keep + prefix)
+        assert torch.equal(one.kept[:, :prefix], torch.arange(prefix).expand(3, -1))
+        assert one.scores.shape == (3, PATCHES + prefix)
+        for image in range(3):
+            assert set(one.kept[image].tolist()) <= set(before[image].tolist())
+            assert set(one.scores[image].nonzero()[:, 0].tolist()) <= set(before[image].tolist())
+            # Those with the highest scores of what was there.
+            patches = before[image, prefix:]
+            best = patches[one.scores[image, patches].argsort(descending=True, stable=True)[:keep]]
+            assert set(best.tolist()) == set(one.kept[image, prefix:].tolist())
+    # Keys of the layers, too, are original tokens.
+    for one, seen_by in zip(
+        [one for one in handle.selections if one.plan is not None],
+        [original, first.kept, second.kept, second.kept],
+        strict=True,
+    ):
+        for image in range(3):
+            assert set(one.kept[image].flatten().tolist()) <= set(seen_by[image].tolist())
+    # Sparsity 0 draws what the stock model draws, and afterwards the dropout is the stock one.
+    with sparsify(model, 0.0):
+        torch.manual_seed(7)
+        ours = model(x)
+    torch.manual_seed(7)
+    assert torch.equal(ours, stock(x))
+    assert type(model.patch_drop) is type(stock.patch_drop)
+
+
+@torch.no_grad()
+def test_columns_of_fewer_tokens_are_in_original_coordinates():
+    model, x = small_model(), images()
+    with sparsify(
+        model, Combined((TokenSparsity(keep=5, before_layer=2), ColumnSparsity(keys=4))), record=True
+    ) as handle:
+        model(x)
+    (tokens,) = (one for one in handle.selections if one.plan is None)
+    for one in handle.selections:
+        if one.plan is not None and one.layer >= 2:
+            wanted = tokens.kept.unsqueeze(1).expand(-1, 2, -1).gather(2, one.plan.keys)
+            assert torch.equal(one.kept, wanted)
+
+
+def test_no_images_give_every_weight_a_gradient_of_zero():
+    model = small_model().train()
+    with sparsify(model, TokenSparsity(keep=5, score="gate")) as handle:
+        model(images()[:0]).sum().backward()
+        assert handle.gates[0].shape == (0, PATCHES)
+    assert all(weight.grad is not None and not weight.grad.any() for weight in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["drop", "previous", "merge", "partition", "fuse", "columns", "merging", "combined"])
+@torch.no_grad()
+def test_a_traced_model_is_the_sparse_model(name):
+    model, x = small_model(), images()
+    with sparsify(model, PLANS[name]):
+        traced = torch.jit.trace(model, x, check_trace=False)
+        # Of other images it chooses other tokens.
+        others = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+        wanted = model(others)
+    torch.testing.assert_close(traced(others), wanted, rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match=r"shape .* is invalid"):
+        traced(others[:2])
+    with sparsify(model, 0.0):
+        traced = torch.jit.trace(model, x, check_trace=False)
+    assert torch.equal(traced(others[:2]), model(others[:2]))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@torch.no_grad()
+def test_what_cannot_be_traced_is_refused():
+    model, x = small_model("no pooling"), images()
+    budget = TokenSparsity(entropy_budget=EntropyBudget(0.6, 2, 14))
+    for plan in (budget, BlockSparsity(sparsity=0.3, block_size=4), TokenSparsity(keep=5, score="gate")):
+        with sparsify(model, plan), pytest.raises(InputError, match=r"torch\.jit\.trace cannot follow"):
+            torch.jit.trace(model, x)
+    with (
+        sparsify(model, PLANS["drop"], generator=torch.Generator()),
+        pytest.raises(InputError, match="what a generator draws"),
+    ):
+        torch.jit.trace(model, x)
+
+
+@pytest.mark.parametrize("name", ["drop", "columns", "merging"])
+@torch.no_grad()
+def test_a_pickled_model_is_sparse_and_can_be_made_stock_again(name):
+    model, x = small_model(), images()
+    wanted = model(x)
+    with sparsify(model, PLANS[name]):
+        other, sparse = pickle.loads(pickle.dumps(model)), model(x)
+    assert torch.equal(other(x), sparse)
+    sparsify(other, 0.0).remove()
+    assert torch.equal(other(x), wanted)
 
 
 @torch.no_grad()
