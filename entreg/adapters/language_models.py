@@ -343,16 +343,23 @@ def _require_whole_weights(folder: Path) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return [folder / shard for shard in sorted(set(shards))]
-        except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
-            raise AssetError(f"{index} is no index of weights, damaged or truncated; fetch it again") from error
-    if not (folder / "model.safetensors").is_file():
+    """The files that transformers reads: those that the configuration names, else the single one, else the shards."""
+    name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
+    if name is None:
+        names = ("model.safetensors", "model.safetensors.index.json")
+        name = next((name for name in names if (folder / name).is_file()), None)
+    if name is None:
         raise AssetError(f"{folder} holds no model.safetensors, and no index of several such files")
-    return [folder / "model.safetensors"]
+    path = folder / name
+    if not path.is_file():
+        raise AssetError(f"{folder} lacks {name}, which its config.json names as transformers_weights; fetch it again")
+    if not name.endswith(".index.json"):
+        return [path]
+    try:
+        shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / shard for shard in sorted(set(shards))]
+    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        raise AssetError(f"{path} is no index of weights, damaged or truncated; fetch it again") from error
 
 
 def _read_tokenizer(folder: Path, name: str) -> Any:

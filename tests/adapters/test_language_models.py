@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from entreg.adapters.language_models import (
     ARCHITECTURES,
@@ -69,6 +71,56 @@ def test_revision_of_a_folder_changes_with_weights_and_configuration_only(tmp_pa
         model.model.norm.weight += 1
     model.save_pretrained(tmp_path)
     assert load_language_model(str(tmp_path)).revision["sha256"] != first
+
+
+def raised(path):
+    """The weights of a file, each one larger."""
+    save_file({name: value + 1 for name, value in load_file(path).items()}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("named", [None, "model.safetensors", "model.safetensors.index.json", "other.safetensors"])
+@pytest.mark.parametrize("present", ["single", "shards", "both"])
+def test_the_revision_of_a_folder_is_that_of_the_files_that_transformers_reads(tmp_path, present, named):
+    """A file counts if and only if the loaded weights change with it."""
+    if present != "single":
+        save_tiny(tmp_path, shards=True)
+    if present != "shards":
+        (tmp_path / "one").mkdir()
+        save_tiny(tmp_path / "one")
+        (tmp_path / "one" / "model.safetensors").rename(tmp_path / "model.safetensors")
+        for path in (tmp_path / "one").iterdir():
+            path.rename(tmp_path / path.name)
+        raised(tmp_path / "model.safetensors")
+    if named is not None:
+        edit_config(tmp_path, transformers_weights=named)
+        if not (tmp_path / named).exists():
+            with pytest.raises(AssetError, match=rf"lacks {named}, which its config\.json names"):
+                load_language_model(str(tmp_path))
+            if named != "other.safetensors" or present == "shards":
+                return
+            shutil.copy(tmp_path / "model.safetensors", tmp_path / named)
+
+    def loaded():
+        found = load_language_model(str(tmp_path))
+        return found.revision["sha256"], found.model.state_dict()
+
+    revision, weights = loaded()
+    counted = []
+    for path in sorted(tmp_path.glob("*.safetensors")):
+        content = path.read_bytes()
+        raised(path)
+        other, changed = loaded()
+        assert (other != revision) == any(not torch.equal(weights[one], changed[one]) for one in weights), path.name
+        counted += [path.name] * (other != revision)
+        # Damage of what is not read is none.
+        path.write_bytes(content[:6])
+        if other == revision:
+            assert loaded()[0] == revision
+        else:
+            with pytest.raises(AssetError, match="damaged or truncated"):
+                loaded()
+        path.write_bytes(content)
+    assert len({"-of-" in name for name in counted}) == 1
 
 
 def edit_config(folder, **fields):
