@@ -142,8 +142,13 @@ def _run_hydra(function: Callable[[Any], Any], config_name: str, folder: Path, c
     multirun.RegisterSweep.begun = None
 
     def run() -> None:
-        with _further_override(_CALLBACK):
-            hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
+        try:
+            with _further_override(_CALLBACK):
+                hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
+        except multirun.Refusal as refusal:
+            raise refusal.error from None
+        finally:
+            multirun.RegisterSweep.release()
 
     try:
         _refuse_others_experiments(config_name, folder)

@@ -20,18 +20,20 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 
 from entreg import distributed
 from entreg.errors import BusyError, ConfigError, EntregError
 from entreg.runs.directory import described
+from entreg.runs.lock import Attempt
+from entreg.runs.study import hold_study, silence_sqlalchemy
 from entreg.runs.sweep import Job, Sweep
 
 _BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 _ONE_AFTER_THE_OTHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 _NOT_IDENTITY = (
     *("-m", "--multirun", "launcher=", "hydra/launcher=", "hydra.launcher.", "hydra.verbose=", "hydra.callbacks."),
-    *("hydra.sweeper.n_trials=", "force=", "tracker=", "tracker."),
+    *("hydra.sweeper.n_trials=", "hydra.sweeper.storage=", "force=", "tracker=", "tracker."),
 )
 """Beginnings of arguments that change how a sweep is run, but not which runs it has."""
 
@@ -63,20 +65,53 @@ class RegisterSweep(Callback):
     begun: Sweep | None = None
     """The sweep of the multirun that this process began last."""
 
+    study: Attempt | None = None
+    """The right to write into the study that this process goes on with."""
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            self._begin(config)
+        except EntregError as error:
+            raise Refusal(error) from error
+
+    def _begin(self, config: DictConfig) -> None:
         from entreg.cli import command_line
 
-        if not distributed.is_first():
-            return
         sweep = Sweep(config.hydra.sweep.dir)
         searched = config.hydra.sweeper._target_ != _BASIC
+        trials = config.hydra.sweeper.get("n_trials") if searched else None
+        if searched:
+            silence_sqlalchemy()
+            with flag_override(config, ["struct", "readonly"], False):
+                RegisterSweep.study = hold_study(config.hydra.sweeper, sweep.directory.name)
+        if not distributed.is_first():
+            return
         sweep.begin(
             command_line(sys.argv),
             jobs=None if searched else _jobs(config),
-            trials=config.hydra.sweeper.get("n_trials") if searched else None,
+            trials=trials,
             objective=_plain(config.get("objective")),
         )
         RegisterSweep.begun = sweep
+
+    @classmethod
+    def release(cls) -> None:
+        """Give the study back that this process goes on with, if any."""
+        if cls.study is not None:
+            cls.study.end("done")
+            cls.study = None
+
+
+class Refusal(SystemExit):
+    """Ends a multirun before it begins. Hydra makes warnings of a callback's errors and goes on.
+
+    Attributes:
+        error: what is wrong.
+    """
+
+    def __init__(self, error: EntregError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class Task:
