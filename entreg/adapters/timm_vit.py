@@ -148,11 +148,15 @@ def _require_supported(model: nn.Module) -> None:
     except ModuleNotFoundError as error:
         raise ConfigError("the ViT adapter needs timm: install entreg[vision]") from error
     fits = isinstance(model, VisionTransformer) and isinstance(model.blocks, nn.Sequential) and len(model.blocks) > 0
-    stock = fits and all(
-        isinstance(block, Block) and isinstance(block.attn, Attention | SparseAttention) for block in model.blocks
-    )
-    if not stock:
-        raise InputError(f"{type(model).__name__} is not supported: nothing was changed; supported are {_SUPPORTED}")
+    what = type(model).__name__
+    if fits:
+        others = [block for block in model.blocks if not isinstance(block, Block)] or [
+            block.attn for block in model.blocks if not isinstance(block.attn, Attention | SparseAttention)
+        ]
+        if not others:
+            return
+        what += f" with {type(others[0]).__name__}"
+    raise InputError(f"{what} is not supported: nothing was changed; supported are {_SUPPORTED}")
 
 
 def _plans(model: nn.Module, sparsity: float | Sparsity) -> list[Plan]:
