@@ -10,17 +10,14 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
+from timm.models import _registry
+from timm.models.vision_transformer import VisionTransformer
 
 from entreg.adapters import sparsify
-from entreg.compat import ensure_torchvision
 from entreg.errors import InputError
-
-ensure_torchvision()
-import timm  # noqa: E402
-from timm.models import _registry  # noqa: E402
-from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 _LISTS = yaml.safe_load(Path(__file__).with_name("timm_names.yaml").read_text())
 LISTED = {name: found for found, names in _LISTS["vision transformers"].items() for name in names.split()}
@@ -87,7 +84,8 @@ def test_a_vit_is_the_stock_model_at_sparsity_zero_or_refused(name):
             assert torch.equal(model.forward_features(images), features)
             assert torch.equal(model(images), logits)
         with sparsify(model, 0.2) as handle:
-            assert handle.realised_sparsity(images) >= 0.2
+            # A fifth of the entries may be just what is saved.
+            assert handle.realised_sparsity(images) >= 0.2 - 1e-12
             assert model(images).shape == logits.shape
         assert torch.equal(model(images), logits)
     else:
