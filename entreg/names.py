@@ -65,7 +65,7 @@ def require_choice(key: str, value: Any, known: Collection[str], error: type[Exc
         ConfigError: or ``error``; one sentence with the names that exist and the nearest of them.
     """
     if value not in known:
-        raise error(f"{key} must be one of {', '.join(known)}, got '{value}'{suggestion(value, known)}")
+        raise error(f"{key} must be one of {', '.join(known)}, got {value!r}{suggestion(value, known)}")
 
 
 def require_some(

@@ -408,7 +408,7 @@ def test_varied_fields_stand_for_one_plan_per_combination():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"tasks": {"perplxity": PERPLEXITY}}, "no task 'perplxity'"),
+        ({"tasks": {"perplxity": PERPLEXITY}}, "unknown task 'perplxity'"),
         ({"tasks": {"perplexity": {**PERPLEXITY, "windows": 3}}}, "unknown key 'windows'"),
         ({"tasks": {"copy": {"contexts": [64], "count": 3}}}, "needs splits"),
         ({"tasks": {"perplexity": {**PERPLEXITY, "contexts": [8]}}}, "at least 16, got 8"),

@@ -299,7 +299,7 @@ def source(**options):
         ({"models": source(max_position_embeddings=100)}, "longer than the 100"),
         ({"models": {"tiny": MODEL | {"source": {"architecture": "mistral_7b"}}}}, "sliding window of 4096"),
         ({"models": source(num_attention_heads=0)}, "cannot be made"),
-        ({"phases": {"training": None}}, "no phase 'training'"),
+        ({"phases": {"training": None}}, "unknown phase 'training'"),
         ({"phases": {"prefill": None}}, "needs a phase"),
         ({"phases": {"prefill": {"contexts": [], "batches": [1]}}}, "at least one of each"),
         ({"phases": {"decode": {"contexts": [3], "batches": [1]}}}, "at least 4 tokens"),

@@ -107,7 +107,7 @@ def test_the_record_compares_each_method_with_the_plain_step(tmp_path):
         ({"precision": "float16"}, "precision must be"),
         ({"ours": "nothing"}, "ours must be"),
         ({"methods": {"plain": {}, "key_entropy": ENTROPY}}, "may be called 'plain'"),
-        ({"methods": {"key_entropy": {"penalty": {}}}}, "no key 'penalty'"),
+        ({"methods": {"key_entropy": {"penalty": {}}}}, "unknown key 'penalty'"),
         ({"methods": {"key_entropy": {"penalties": {"a": {"quantity": "cubes", "weight": 1.0}}}}}, "cubes"),
         ({"batch": 0}, "at least 1"),
         ({"device": "tpu"}, "device must be"),

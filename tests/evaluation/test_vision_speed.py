@@ -199,7 +199,7 @@ def test_tokens_are_counted_where_they_are_used(model, images):
         ({"batches": [4]}, "batch of at least 1"),
         ({"models": {}}, "needs a model"),
         ({"models": {"tiny": {"name": "x"}}}, "exactly the keys"),
-        ({"models": {"tiny": MODEL | {"unfused": ["nothing"]}}}, "no plan 'nothing'"),
+        ({"models": {"tiny": MODEL | {"unfused": ["nothing"]}}}, "unknown plan 'nothing'"),
         ({"models": {"tiny": MODEL | {"rivals": {"a": {"kind": "none"}}}}}, "must not be dense"),
         ({"models": {"tiny": MODEL | {"plans": {"few": {"kind": "cubes"}}}}}, "cubes"),
     ],

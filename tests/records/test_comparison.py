@@ -1,7 +1,8 @@
 import pytest
 
 from entreg.errors import InputError
-from entreg.records.comparison import compare_with_reference
+from entreg.records import comparison
+from entreg.records.comparison import Basis, compare_with_reference
 from entreg.records.formatting import seconds
 from tests.records.samples import sample_record
 
@@ -56,3 +57,33 @@ def test_no_reference_and_no_rows():
     assert table.notes == ["The reference holds none of these measurements."]
     with pytest.raises(InputError, match="None of the new records"):
         compare_with_reference([sample_record()], [], ["colour"], "seconds")
+
+
+def said(values, basis, processor="this one"):
+    """What follows from values of which the reference's are all 1."""
+    here = sample_record(rows=rows(*((str(place), 1, value) for place, value in enumerate(values))))
+    there = sample_record(rows=rows(*((str(place), 1, 1.0) for place in range(len(values)))))
+    here["device"] = {**here["device"], "cpu": processor}
+    there["device"] = {**there["device"], "cpu": "this one"}
+    return compare_with_reference([here], [there], ["points"], "seconds", basis=basis).notes[1]
+
+
+def test_a_deviation_is_said_to_be_load_machine_or_a_fault(monkeypatch):
+    timed = Basis(timed=True, verdicts=("geo-hull-speed", "geo-tri-speed"))
+    computed = Basis(timed=False, verdicts=("geo-error",), deviates="the network is trained anew")
+    assert said([1.0, 1.1, 0.9, 1.0, 3.0], timed) == (
+        "What follows: this run confirms the reference, and the verdicts on geo-hull-speed, geo-tri-speed can be "
+        "relied on."
+    )
+    monkeypatch.setattr(comparison.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(comparison.os, "getloadavg", lambda: (0.0, 0.0, 5.0), raising=False)
+    busy = said([0.5, 0.5, 1.0], timed, "another one")
+    for words in ("5.0 wanted the 2 cores, which explains a deviation", "another one, not this one", "force=true"):
+        assert words in busy
+    monkeypatch.setattr(comparison.os, "getloadavg", lambda: (9.0, 9.0, 1.0), raising=False)
+    idle = said([0.5, 0.5, 1.0], timed)
+    assert "1.0 wanted the 2 cores, so it is not that" in idle
+    assert "here as there this one" in idle
+    wrong = said([0.5, 0.5, 1.0], computed)
+    for words in ("neither load nor a slower machine", "the network is trained anew", "a fault", "geo-error"):
+        assert words in wrong
