@@ -10,15 +10,29 @@ the arguments of a call from compiled code, hence ``np.int64(0)`` in such places
 
 import sys
 import threading
+from collections.abc import Callable
+from typing import Any
 
 from numba import njit
 from numba.core import event
+from numba.core.registry import CPUDispatcher
 
 kernel = njit(cache=True, nogil=True)
 """Decorates what Python calls."""
 
-part = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
-"""Decorates what only kernels and other parts call."""
+
+class _Part(CPUDispatcher):
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        # Without a wrapper Numba's own call would end the process.
+        raise TypeError(f"{self.py_func.__name__} is part of kernels and cannot be called from Python")
+
+
+def part(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate what only kernels and other parts call."""
+    dispatcher = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    dispatcher.__class__ = _Part
+    return dispatcher
+
 
 _PATIENCE = 1.0
 _NOTICE = (

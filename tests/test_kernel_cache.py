@@ -173,3 +173,12 @@ def test_who_waits_at_a_terminal_is_told_once(monkeypatch):
     assert heard(Terminal(), "entreg.geometry.delaunay", 60.0) == ""
     assert heard(Terminal(), "another.package", 0.0) == ""
     assert heard(io.StringIO(), "entreg.geometry.delaunay", 0.0) == ""
+
+
+def test_a_part_of_kernels_refuses_to_be_called_from_python():
+    @kernels.part
+    def double(x):
+        return 2 * x
+
+    with pytest.raises(TypeError, match="double is part of kernels"):
+        double(1)

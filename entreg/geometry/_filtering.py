@@ -78,7 +78,7 @@ def bin_placement(low, high, bins):
     return origin, scale
 
 
-@part
+@kernel
 def bin_edges(origin, scale, bins):
     """For every bin b, numbers ``lower[b]`` below and ``upper[b]`` above every float64 that :func:`bin_of` puts there.
 
@@ -171,7 +171,7 @@ def interior_table(points, sample, hull, bins):
     return table, origin, scale, share_kept(points, sample, table, origin, scale)
 
 
-@part
+@kernel
 def share_kept(points, sample, table, origin, scale):
     """Share of the sampled points that the filter keeps: an estimate of the share of all points."""
     bins = table.shape[0] - 2
