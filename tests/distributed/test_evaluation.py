@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from tests.distributed.evaluations import SIZES, everything
-from tests.distributed.launch import launch
+from tests.distributed.launch import launch_forked
 
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path):
-    done = launch("-m", "tests.distributed.evaluations", tmp_path)
-    assert done.returncode == 0, done.stderr
+    for done in launch_forked("tests/distributed/evaluations.py", tmp_path):
+        assert done.returncode == 0, done.stderr
     # As many threads as there, in which sums are added up in the same order.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,5 +1,6 @@
 """Work done in processes of their own that can be killed: forked from a server that has imported everything already."""
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -84,7 +85,11 @@ def _program(path, arguments, folder, environment):
     os.chdir(folder)
     sys.argv = [path, *arguments]
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
-    runpy.run_path(path, run_name="__main__")
+    try:
+        runpy.run_path(path, run_name="__main__")
+    finally:
+        # A process of multiprocessing ends without.
+        atexit._run_exitfuncs()
 
 
 def killed_at_random_moments(folder, function, *, kills, check, seed):

@@ -11,7 +11,7 @@ from entreg.cli import CONFIGS
 from entreg.evaluation import geometry_experiment, language_experiment, vision_experiment
 from entreg.evaluation.studies import run_all
 from entreg.records.record import config_hash
-from tests.distributed.launch import launch
+from tests.distributed.launch import launch_forked
 from tests.experiments.test_vision import SCENES
 from tests.faults.disks import small_disk
 from tests.tracking import wandb_files
@@ -108,8 +108,8 @@ def test_a_geometry_run_is_tracked_when_it_has_been_timed(tmp_path):
 @pytest.mark.slow
 def test_of_two_processes_one_tracks(tmp_path):
     arguments = {"folder": str(tmp_path), "tracker": {"kind": "wandb"}}
-    done = launch("-m", "tests.tracking.runs", json.dumps(arguments))
-    assert done.returncode == 0, done.stderr
+    for done in launch_forked("tests/tracking/runs.py", json.dumps(arguments)):
+        assert done.returncode == 0, done.stderr
     assert len(wandb_files.parts(tmp_path / "outputs")) == 1
     assert [step for step, _ in wandb_files.history(tmp_path / "outputs", RUN)] == list(range(1, 13))
 
