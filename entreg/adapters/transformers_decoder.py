@@ -2,7 +2,7 @@
 
 Everything goes through transformers' public interfaces for attention and its masks, see
 :mod:`entreg.adapters.transformers_attention`; no module and no weight is touched. Models inside a ``peft`` model or
-another wrapper are found there.
+another wrapper are found there; one that is part of a larger model (vision and language) is to be passed itself.
 """
 
 from __future__ import annotations
