@@ -89,7 +89,12 @@ def identity_of(config: Mapping[str, Any], *models: nn.Module | None) -> dict[st
         config: of the run.
         models: what is evaluated; None among them is nothing.
     """
-    weights = [weights_digest(model.state_dict()) for model in models if model is not None]
+    # What else a state dictionary holds, such as a network's own settings, follows from the configuration.
+    weights = [
+        weights_digest({**dict(model.named_parameters()), **dict(model.named_buffers())})
+        for model in models
+        if model is not None
+    ]
     return {
         "config": config_hash(config),
         "code": _code(),

@@ -6,7 +6,6 @@ import time
 
 import pytest
 import torch
-import tqdm.std
 
 from entreg.records import RecordStore
 from entreg.records.record import schema_problem
@@ -39,7 +38,6 @@ def clock(monkeypatch):
         return 2e9 - 3600.0 * len(asked)
 
     monkeypatch.setattr(time, "time", back)
-    monkeypatch.setattr(tqdm.std, "time", back)
     monkeypatch.setattr(time, "time_ns", lambda: int(back() * 1e9))
     monkeypatch.setattr(datetime, "datetime", Backwards)
     return asked
@@ -47,8 +45,8 @@ def clock(monkeypatch):
 
 def training(folder, clock):
     model, _, result = run(folder, {"log_every": 1})
-    # The clock was asked, and went back by hours.
-    assert len(clock) > 2
+    # Nothing that it writes or shows hangs on a clock that can be set.
+    assert clock == []
     seconds = [row["seconds"] for row in result.history]
     assert 0 < seconds[0]
     assert seconds == sorted(seconds)

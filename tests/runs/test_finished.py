@@ -17,6 +17,16 @@ def bar():
     return Progress(10, "evaluation", 0.0, None)
 
 
+class WithSettings(nn.Linear):
+    """A layer whose state is not tensors alone."""
+
+    def get_extra_state(self):
+        return {"width": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
 class Counted:
     """A measurement that counts how often it is made."""
 
@@ -30,7 +40,7 @@ class Counted:
 
 def model(seed=0):
     torch.manual_seed(seed)
-    return nn.Linear(3, 2)
+    return WithSettings(3, 2)
 
 
 def begun(path, bar, config=None, weights=None):
