@@ -195,6 +195,10 @@ notebooks: $(STAMP) ## run the notebooks on the reference records; executed copi
 	@mkdir -p outputs/notebooks
 	$(BIN)/jupyter execute --timeout=300 --output='../outputs/notebooks/{notebook_name}' notebooks/*.ipynb
 
+.PHONY: docs
+docs: $(STAMP) ## build the pages of docs/ as a site in outputs/site, without a network; dead links are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 .PHONY: test
 test: $(STAMP) ## run the tests, a process per core; WORKERS=0 in one process
 	$(BIN)/python -m pytest -m "not exhaustive" -n $(WORKERS) --dist loadgroup

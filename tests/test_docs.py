@@ -25,6 +25,9 @@ from entreg.training.penalties import QUANTITIES
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 METHOD, PAPER_SCALE, EXTENDING = (DOCS / name for name in ("method.md", "paper_scale.md", "extending.md"))
+README = ROOT / "README.md"
+PAGE_FILES = sorted(DOCS.rglob("*.md"))
+OTHER_PAGES = (README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "results" / "README.md")
 FENCE = r"```{language}\n(.*?)```"
 TINY = [
     "model.options.depth=2",
@@ -60,15 +63,50 @@ def section(path, title):
 # ---- what is named exists
 
 
-@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.stem)
+def prose(path):
+    """A page without its code."""
+    return re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+
+
+def anchors(path):
+    headings = re.findall(r"^#+ (.*)", prose(path), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in headings}
+
+
+@pytest.mark.parametrize("path", [*OTHER_PAGES, *PAGE_FILES], ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(path):
-    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
-    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in headings}
-    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", prose(path)):
         file, _, anchor = link.partition("#")
-        assert not file or (path.parent / file).exists(), link
-        assert file or anchor in anchors, link
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_is_short():
+    text = README.read_text()
+    assert len(text.split()) <= 1100
+    for line in text.splitlines():
+        if line.startswith("|"):
+            # What a reader sees of a cell: a link is its words.
+            shown = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", line)
+            assert all(len(cell.strip()) <= 60 for cell in re.split(r"(?<!\\)\|", shown)), line
+
+
+# Of the README what was found, of the other pages everything.
+TOLD = {README: section(README, "What we found"), **{path: prose(path) for path in sorted(DOCS.glob("results/*.md"))}}
+
+
+@pytest.mark.parametrize("path", TOLD, ids=lambda path: path.stem)
+def test_numbers_that_are_told_stand_in_a_table_that_is_linked(path):
+    """Of three digits or more; rounder ones are the author's words."""
+    linked = {path.parent / link for link in re.findall(r"\]\(([^)#]+\.md)(?:#[^)]*)?\)", path.read_text())}
+    tables = " ".join(one.read_text() for one in linked if one.parent.name == "tables")
+    known = [float(one.replace(",", "")) for one in re.findall(r"\d[\d,]*(?:\.\d+)?", tables)]
+    for number in re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", re.sub(r"\]\([^)]*\)", "", TOLD[path])):
+        digits = number.replace(".", "").lstrip("0")
+        if len(digits) >= 3:
+            places = len(number.partition(".")[2])
+            assert any(f"{one:.{places}f}" == number for one in known), number
 
 
 def named(path):
@@ -106,7 +144,7 @@ def test_the_method_lists_every_quantity_that_can_be_penalised():
 
 
 def test_formulas_are_closed():
-    for path in DOCS.glob("*.md"):
+    for path in PAGE_FILES:
         text = re.sub(r"```.*?```|`[^`]*`", "", path.read_text(), flags=re.DOTALL)
         assert text.count("$$") % 2 == 0
         assert text.replace("$$", "").count("$") % 2 == 0, path
@@ -175,7 +213,7 @@ def initialised_hydra():
 
 
 OUTSIDE = section(EXTENDING, "An experiment").partition("### In the package")[0]
-PAGES = [path.read_text() for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))) if path != EXTENDING] + [OUTSIDE]
+PAGES = [path.read_text() for path in (*OTHER_PAGES, *PAGE_FILES) if path != EXTENDING] + [OUTSIDE]
 COMMANDS = list(dict.fromkeys(command for text in PAGES for command in commands(text)))
 
 
@@ -211,7 +249,7 @@ def test_every_experiment_of_the_papers_scale_has_its_command():
 
 def test_make_targets_of_the_docs_exist():
     targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    for path in DOCS.glob("*.md"):
+    for path in (*OTHER_PAGES, *PAGE_FILES):
         for line in re.findall(r"`(make [^`]*)`", path.read_text()) + commands(path.read_text()):
             if line.startswith("make "):
                 asked = [word for word in shlex.split(line, comments=True)[1:] if re.fullmatch(r"[a-z-]+", word)]
@@ -227,7 +265,7 @@ CODE = re.compile(
 )
 # A word after ```python says that a block needs more than `make setup` gives; its first line says so to the reader.
 NEEDS = {"cuda": ("# On a CUDA device:\n", torch.cuda.is_available)}
-SHOWN = [path for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))) if "```python" in path.read_text()]
+SHOWN = [path for path in (README, *PAGE_FILES) if "```python" in path.read_text()]
 # Nothing may be fetched, and nobody's account be used.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
 
