@@ -96,7 +96,7 @@ _SIZES: dict[str, Any] = {
     "first_k_dense_replace": 1,
     "index_head_dim": 16,
     "index_n_heads": 2,
-    "index_topk": 12,
+    "index_topk": 24,
     "index_block_size": 4,
     "index_topk_blocks": 3,
     "num_kv_shared_layers": 2,
