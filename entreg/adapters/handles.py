@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from entreg.errors import InputError
-from entreg.sparse import recorded_kernels
+from entreg.sparse import is_decoding, recorded_kernels
 
 if TYPE_CHECKING:
     from entreg.sparse import DecoderSparsity, PageSummaries
@@ -342,10 +342,24 @@ class DecoderSparsifyHandle(SparsifyHandle):
         """Whether the plan is for this layer."""
         return self.settings.layers is None or layer in self.settings.layers
 
-    def is_sparse(self, num_queries: int) -> bool:
-        """Whether the plan leaves anything out in passes of so many queries, 1 of which is decoding."""
-        decoding = num_queries == 1 and self.settings.decode_sparsity is not None
-        return (self.settings.decode_sparsity if decoding else self.settings.sparsity) != 0
+    @property
+    def leaves_out(self) -> bool:
+        """Whether the plan leaves anything out in any pass."""
+        return bool(self.settings.sparsity or self.settings.decode_sparsity)
+
+    def is_sparse(self, num_queries: int, num_keys: int, num_guessed: int = 0) -> bool:
+        """Whether the plan leaves anything out in a pass.
+
+        Args:
+            num_queries: n. Which passes are decoding says :func:`entreg.sparse.is_decoding`.
+            num_keys: m, the queries' own among them.
+            num_guessed: last queries of a prompt that are written, see :func:`entreg.sparse.decoder_attention`.
+        """
+        written = is_decoding(num_queries, num_keys)
+        if num_guessed > 0 and not written:
+            return self.leaves_out
+        decode = self.settings.decode_sparsity
+        return (decode if written and decode is not None else self.settings.sparsity) != 0
 
     def _twin(self, model: nn.Module, memo: dict[int, Any]) -> DecoderSparsifyHandle:
         body = copy.deepcopy(self._body, memo)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -21,7 +21,8 @@ from transformers.masking_utils import sdpa_mask
 
 from entreg.adapters.handles import DecoderCapture, DecoderSparsifyHandle, ProbeHandle, Selection
 from entreg.errors import InputError
-from entreg.sparse import PageSummaries, decoder_attention
+from entreg.sparse import MaskForm, PageSummaries, decoder_attention, mask_form
+from entreg.sparse.decoding import MOST_WRITTEN
 
 
 class _Implementation(str):
@@ -85,6 +86,15 @@ class _Mask:
     given: Tensor
     needed: Tensor | None
     looks_ahead: bool
+    _forms: dict[int, MaskForm] = field(default_factory=dict)
+
+    def form(self, batch: int) -> MaskForm | None:
+        """What the needed part consists of, for a batch of such a size."""
+        if self.needed is None:
+            return None
+        if batch not in self._forms:
+            self._forms[batch] = mask_form(self.needed.expand(batch, -1, -1, -1))
+        return self._forms[batch]
 
     @classmethod
     def of(cls, mask: Tensor, num_keys: int) -> _Mask:
@@ -112,6 +122,7 @@ class Attachment:
         self.body, self.attentions, self.config = body, attentions, body.config
         self.stock_implementation = body.config._attn_implementation
         self.sparse: DecoderSparsifyHandle | None = None
+        self.head: nn.Module | None = None
         self._start()
         self.config._attn_implementation = NAME
         self._hooks = [body.register_forward_pre_hook(_begin, with_kwargs=True)]
@@ -135,9 +146,11 @@ class Attachment:
         # By identity of the keys that a layer reads the layer that wrote them.
         self._writers: dict[int, tuple[ReferenceType[Tensor], int]] = {}
         self._masks: deque[_Mask] = deque(maxlen=_MASKS_AT_ONCE)
+        # Guesses of an assistant at the end of this pass, and of the next one.
+        self._guessed = self._announced = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("body", "attentions", "config", "stock_implementation", "sparse", "_hooks")
+        kept = ("body", "head", "attentions", "config", "stock_implementation", "sparse", "_hooks")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -158,6 +171,7 @@ class Attachment:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self.head = None
         for module in (self.body, *self.attentions):
             module.__dict__.pop(_KEY, None)
         self.config._attn_implementation = self.stock_implementation
@@ -186,6 +200,7 @@ class Attachment:
                 "captures have no gradient under reentrant checkpointing; enable it with "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
+        self._guessed, self._announced = self._announced, 0
         self._seen.clear()
         self._writers.clear()
         self._masks.clear()
@@ -193,6 +208,21 @@ class Attachment:
             self.sparse.selections = []
         for handle, _ in self.probes:
             handle.captures = []
+
+    def watch_head(self, head: nn.Module) -> None:
+        """See from the arguments of the model with its head which of the next tokens are guesses.
+
+        Assisted generation verifies the first guesses together with the prompt, and asks for the logits of the last
+        token before them and theirs.
+        """
+        if self.head is None and head is not self.body:
+            self.head = head
+            self._hooks.append(head.register_forward_pre_hook(_see_guesses, with_kwargs=True))
+
+    def see_guesses(self, logits_to_keep: Any, cache: Cache | None) -> None:
+        """Remember how many tokens at the end of the next pass are guesses."""
+        counts = isinstance(logits_to_keep, int) and 1 < logits_to_keep <= MOST_WRITTEN + 1
+        self._announced = logits_to_keep - 1 if counts and cache is not None else 0
 
     def see_cache(self, layer: int, cache: Cache | None) -> None:
         """Remember, without holding it alive, the cache that a layer's next attention reads."""
@@ -219,13 +249,15 @@ class Attachment:
         self._seen.add(layer)
         watching = [] if again else [handle for handle, layers in self.probes if layer in layers]
         sparse = self.sparse if self.sparse is not None and self.sparse.acts_on(layer) else None
-        leaves_out = sparse is not None and sparse.is_sparse(q.shape[2])
+        leaves_out = sparse is not None and sparse.leaves_out
         writer = self._writer(layer, k)
         plan, out = None, None
         if watching or leaves_out:
-            _require_known(module, options, leaves_out)
             cache = self._caches.get(layer, lambda: None)()
             keys, values = _filled(cache, writer, k, v)
+            leaves_out = leaves_out and sparse.is_sparse(q.shape[2], keys.shape[2], self._guessed)
+        if watching or leaves_out:
+            _require_known(module, options, leaves_out)
             seen = None if mask is None else self._mask(mask, keys.shape[2])
             scale = q.shape[-1] ** -0.5 if scaling is None else scaling
             needed = None if seen is None else seen.needed
@@ -238,8 +270,9 @@ class Attachment:
                     *_as_autocast(q, keys, values),
                     sparse.settings,
                     scale=scale,
-                    mask=None if needed is None else needed.expand(len(q), -1, -1, -1),
+                    mask=None if seen is None else seen.form(len(q)),
                     pages=None if cache is None else _pages(sparse, cache, layer),
+                    num_guessed=self._guessed,
                 )
         elif self.stock_implementation != _SDPA:
             _require_served_by_sdpa(module, options, self.stock_implementation)
@@ -316,6 +349,13 @@ def _begin(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         attachment.detach_if_unused()
     else:
         attachment.begin(bool(kwargs.get("output_attentions")))
+
+
+@torch.compiler.disable
+def _see_guesses(head: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    attachment = Attachment.of(head.base_model)
+    if attachment is not None:
+        attachment.see_guesses(kwargs.get("logits_to_keep"), kwargs.get("past_key_values"))
 
 
 @torch.compiler.disable

@@ -53,6 +53,7 @@ def sparsify(model: nn.Module, sparsity: float | DecoderSparsity, *, record: boo
     if earlier is not None and earlier.sparse is not None:
         earlier.sparse.remove()
     attachment = _attached(body, attentions)
+    attachment.watch_head(_decoder(model))
     attachment.sparse = DecoderSparsifyHandle(model, changed, _take_out_path, settings, body, depth, record)
     return attachment.sparse
 
@@ -107,13 +108,18 @@ def _settings(sparsity: float | DecoderSparsity) -> DecoderSparsity:
     return DecoderSparsity(sparsity=float(sparsity))
 
 
+def _decoder(model: nn.Module) -> PreTrainedModel | None:
+    """transformers' model in a model that may wrap it."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+
+
 def _supported(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
     """The decoder without its head, and its attention modules in the order of the layers."""
 
     def refuse(reason: str) -> InputError:
         return InputError(f"{type(model).__name__} {reason}: nothing was changed; supported are {_SUPPORTED}")
 
-    decoder = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    decoder = _decoder(model)
     if decoder is None:
         raise refuse("has no transformers model in it")
     config = decoder.config

@@ -25,9 +25,10 @@ from entreg.sparse.config import (
     TokenSparsity,
     sparsity_from_mapping,
 )
-from entreg.sparse.decoding import PageSummaries, decoder_attention, decoder_plan
+from entreg.sparse.decoding import PageSummaries, decoder_attention, decoder_plan, is_decoding
 from entreg.sparse.kernels import attention_kernel, recorded_kernels
-from entreg.sparse.plan import SparsityPlan
+from entreg.sparse.masks import MaskForm, Segment, mask_form
+from entreg.sparse.plan import SegmentedPlan, SparsityPlan
 from entreg.sparse.planning import make_plan
 from entreg.sparse.scores import score_entries, selection_scores
 from entreg.sparse.soft_partition import fuse_tokens, partition_tokens
@@ -40,7 +41,10 @@ __all__ = [
     "Combined",
     "DecoderSparsity",
     "EntropyBudget",
+    "MaskForm",
     "PageSummaries",
+    "Segment",
+    "SegmentedPlan",
     "Sparsity",
     "SparsityPlan",
     "TokenMerging",
@@ -56,8 +60,10 @@ __all__ = [
     "drop_tokens",
     "entropy_budget",
     "fuse_tokens",
+    "is_decoding",
     "keep_for_sparsity",
     "make_plan",
+    "mask_form",
     "merge_tokens",
     "merged_token_counts",
     "partition_tokens",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def num_blocks(length: int, block_size: int) -> int:
@@ -33,3 +34,18 @@ def block_entries(num_queries: int, num_keys: int, block_size: int, causal: bool
     per_row = (seen[:, None] - starts).clamp_min(0).minimum(sizes).double()
     entries = per_row.new_zeros(num_blocks(num_queries + offset, block_size), len(starts))
     return entries.index_add_(0, (rows + offset) // block_size, per_row)
+
+
+def mask_entries(mask: Tensor, block_size: int) -> Tensor:
+    """Allowed entries in every pair of blocks: (batch, 1, query_blocks, key_blocks) float64.
+
+    Args:
+        mask: (batch, 1, n, m) bool, causal.
+        block_size: tokens per block.
+    """
+    n, m = mask.shape[2:]
+    offset = query_offset(n, m, block_size, True)
+    rows, columns = num_blocks(n + offset, block_size), num_blocks(m, block_size)
+    padded = pad(mask, (0, columns * block_size - m, offset, rows * block_size - n - offset))
+    per_row = padded.unflatten(3, (columns, block_size)).sum(-1, dtype=torch.int32)
+    return per_row.unflatten(2, (rows, block_size)).sum(3).double()

@@ -71,7 +71,7 @@ def block_scores(
         count: key blocks per row of the plan's uniform budget.
         visible: bool, broadcastable to the result: pairs with an allowed entry.
         scale: factor of the logits; default 1/sqrt(d).
-        mask: (batch, 1, n, m) bool of allowed entries, or None.
+        mask: (batch or 1, 1, n, m) bool of allowed entries, or None.
 
     Returns:
         (batch, key_heads or 1, query_blocks, key_blocks) float32 or float64. What no query may see has any value.
@@ -89,7 +89,7 @@ def block_scores(
         pool = sparsity.pool_size
         parts = _chunks(block_size, n, m)
         pooled = pooled_block_scores(
-            q, k, block_size, scale=scale, causal=True, permutation=None, pool_size=pool, parts=parts
+            q, k, block_size, scale=scale, causal=True, permutation=None, pool_size=pool, parts=parts, mask=mask
         )
         pooled = pooled.unflatten(1, shared).mean(2)
     if sparsity.selection in ("sampled", *_BOTH):
@@ -174,23 +174,6 @@ def _shared_along(scores: Tensor, radius: int, slope: int) -> Tensor:
         total[..., shift:, across:] += weight * scores[..., : rows - shift, : columns - across]
         total[..., : rows - shift, : columns - across] += weight * scores[..., shift:, across:]
     return total
-
-
-def visible_from_mask(mask: Tensor, block_size: int) -> Tensor:
-    """(batch, 1, query_blocks, key_blocks) bool: pairs of blocks with an allowed entry; each row's own block always.
-
-    Args:
-        mask: (batch, 1, n, m) bool, causal.
-        block_size: tokens per block.
-    """
-    n, m = mask.shape[2:]
-    offset = query_offset(n, m, block_size, True)
-    rows, columns = num_blocks(n + offset, block_size), num_blocks(m, block_size)
-    padded = pad(mask, (0, columns * block_size - m, offset, rows * block_size - n - offset))
-    seen = padded.unflatten(3, (columns, block_size)).any(-1).unflatten(2, (rows, block_size)).any(3)
-    own = torch.arange(rows, device=mask.device)
-    seen[..., own, own + (m - n) // block_size] = True
-    return seen
 
 
 def with_kept_blocks(scores: Tensor, visible: Tensor, local_blocks: int) -> Tensor:

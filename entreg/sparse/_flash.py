@@ -24,6 +24,8 @@ def attend_flash(
     """(batch, heads, n, d_v), by dense calls of flash_attn_func on gathered keys and values."""
     function = _flash_attention()
     _require_supported(q)
+    if plan.first_keys is not None:
+        raise InputError("flash-attn takes no causal plan; use the backend 'gather'")
     gathered = gather(q, k, v, plan, key_bias, mask)
     if gathered.mask is not None:
         raise InputError(

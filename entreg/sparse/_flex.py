@@ -72,9 +72,11 @@ def _mask_function(plan: SparsityPlan, allowed: Tensor | None) -> Any:
             return kept[b, h // share, j]
     else:
         mask, size, offset = plan.block_mask, plan.block_size, plan.query_offset
+        first = torch.tensor(plan.first_keys or (0,) * plan.batch, device=mask.device)
 
         def chosen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return mask[b, h // share, (i + offset) // size, j // size]
+            place = j - first[b]
+            return mask[b, h // share, (i + offset) // size, place.clamp_min(0) // size] & (place >= 0)
 
     def within(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         kept = chosen(b, h, i, j)

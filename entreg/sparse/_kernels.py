@@ -29,6 +29,8 @@ def attend_triton(
     """(batch, heads, n, d_v), by the kernel for prompts or, of one query, that for pages."""
     if plan.kind != "blocks" or not plan.causal or key_bias is not None:
         raise InputError("the backend 'triton' takes causal block plans without key_bias; use the backend 'gather'")
+    if plan.first_keys is not None:
+        raise InputError("the backend 'triton' takes sequences that begin at the first key; use the backend 'gather'")
     require_kernels(q, k, v, plan.block_size, scale, mask)
     record_kernel("triton")
     if plan.num_queries == 1:

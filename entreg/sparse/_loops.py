@@ -32,9 +32,11 @@ def serves(*tensors: Tensor) -> bool:
 
 def flat_memory(x: Tensor) -> tuple[np.ndarray, int, int, int]:
     """The memory of x (batch, heads, length, d) as integers of its width, and its three strides."""
-    extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
-    memory = x.detach().as_strided((max(extent, 0),), (1,)).view(INTEGERS[x.dtype])
-    return memory.numpy(), *x.stride()[:3]
+    batch, heads, length, width = x.shape
+    by_batch, by_head, by_token, step = x.stride()
+    last = (batch - 1) * by_batch + (heads - 1) * by_head + (length - 1) * by_token + (width - 1) * step
+    memory = x.detach().as_strided((max(last + 1, 0),), (1,)).view(INTEGERS[x.dtype])
+    return memory.numpy(), by_batch, by_head, by_token
 
 
 @njit(cache=True, nogil=True, fastmath=ANY_ORDER, inline="always")

@@ -17,7 +17,8 @@ def attend_pages(q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, scale: flo
         q: (batch, heads, 1, d).
         k: (batch, key_heads, m, d).
         v: (batch, key_heads, m, d_v).
-        plan: causal blocks, the query's own among them, see :func:`entreg.sparse._causal_blocks.keeps_own_blocks`.
+        plan: causal blocks, the query's own among them, see :func:`entreg.sparse._causal_blocks.keeps_own_blocks`;
+            with ``first_keys`` any.
         scale: factor of the logits.
         mask: (batch, 1, 1, m) bool, True where attention is allowed, or None.
 
@@ -25,26 +26,39 @@ def attend_pages(q: Tensor, k: Tensor, v: Tensor, plan: SparsityPlan, scale: flo
         (batch, heads, 1, d_v).
     """
     batch, heads, _, width = q.shape
-    key_heads, size = k.shape[1], plan.block_size
+    key_heads, size, m = k.shape[1], plan.block_size, plan.num_keys
     chosen = plan.block_mask[:, :, 0].expand(batch, key_heads, -1)
     counts = chosen.sum(-1)
     most = int(counts.max())
     # Stable, so that the chosen pages come last and in order; the query's own is the very last.
     index = chosen.to(torch.int8).argsort(dim=-1, stable=True)[..., -most:]
-    # What lies behind the newest key in it is cut off, for all alike.
-    length = most * size - (plan.key_blocks * size - plan.num_keys)
     allowed = None
     if int(counts.min()) < most:
         real = torch.arange(most, device=q.device) >= (most - counts)[..., None]
-        allowed = real.repeat_interleave(size, dim=-1)[..., None, :length]
+        allowed = real.repeat_interleave(size, dim=-1)
+    if plan.first_keys is None:
+        # What lies behind the newest key in it is cut off, for all alike.
+        length = most * size - (plan.key_blocks * size - m)
+        keys, values = (_copied_pages(x, index, size, length) for x in (k, v))
+        places = None if mask is None else _places(index, size)[..., :length]
+        allowed = None if allowed is None else allowed[..., :length]
+    else:
+        places = _places(index, size) + torch.tensor(plan.first_keys, device=q.device)[:, None, None]
+        real = places < m
+        allowed = real if allowed is None else allowed & real
+        places = places.clamp_max(m - 1)
+        keys, values = rows_of_heads(k, places), rows_of_heads(v, places)
     if mask is not None:
-        places = (index[..., None] * size + torch.arange(size, device=q.device)).flatten(2)[..., :length]
-        seen = mask[:, :, 0].expand(-1, key_heads, -1).gather(2, places)[:, :, None]
+        seen = mask[:, :, 0].expand(-1, key_heads, -1).gather(2, places)
         allowed = seen if allowed is None else allowed & seen
     grouped = q.reshape(batch, key_heads, heads // key_heads, width)
-    keys, values = (_copied_pages(x, index, size, length) for x in (k, v))
-    out = _attend(grouped, keys, values, allowed, scale)
+    out = _attend(grouped, keys, values, None if allowed is None else allowed[:, :, None], scale)
     return out.reshape(batch, heads, 1, -1)
+
+
+def _places(index: Tensor, size: int) -> Tensor:
+    """(batch, heads, number * size) keys of the pages (batch, heads, number), counted from the first page."""
+    return (index[..., None] * size + torch.arange(size, device=index.device)).flatten(2)
 
 
 def _copied_pages(x: Tensor, index: Tensor, size: int, length: int) -> Tensor:
@@ -63,8 +77,7 @@ def _copied_pages(x: Tensor, index: Tensor, size: int, length: int) -> Tensor:
         and not x.requires_grad
     )
     if not whole:
-        places = (index[..., None] * size + torch.arange(size, device=x.device)).flatten(2)[..., :length]
-        return rows_of_heads(x, places)
+        return rows_of_heads(x, _places(index, size)[..., :length])
     pages = x.as_strided((batch * heads * room, page), (page, 1))
     first = torch.arange(0, batch * heads * room, room, device=x.device).view(batch, heads, 1)
     return pages.index_select(0, (index + first).flatten()).view(batch, heads, -1, width)[:, :, :length]

@@ -8,7 +8,7 @@ what :mod:`entreg.sparse._pages` and :func:`entreg.sparse.decoding.decoder_plan`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -24,8 +24,18 @@ from entreg.sparse._team import run_in_team, team_size
 _WORTH_A_THREAD = 1 << 18
 
 
-def choose_pages(q: Tensor, means: Tensor, total: int, count: int, scale: float, maximum: bool) -> Tensor:
-    """The pages of highest attention mass: the first, the last two, and the best of the others.
+def choose_pages(
+    q: Tensor,
+    means: Tensor,
+    total: int | np.ndarray,
+    count: int | np.ndarray,
+    scale: float,
+    maximum: bool,
+    complete: int | np.ndarray | None = None,
+) -> Tensor:
+    """The pages of highest attention mass: the last, the first, the last but one, and the best of the others.
+
+    Numbers of pages are the same for all sequences or (batch,) int64.
 
     Args:
         q: (batch, heads, 1, d).
@@ -34,20 +44,23 @@ def choose_pages(q: Tensor, means: Tensor, total: int, count: int, scale: float,
         count: pages chosen, in [1, total].
         scale: factor of the logits.
         maximum: of the query heads that share a key head the largest mass counts, otherwise the mean.
+        complete: complete pages; as many as there are means by default.
 
     Returns:
-        (batch, key_heads, 1, total) bool.
+        (batch, key_heads, 1, largest total) bool.
     """
     batch, heads, _, width = q.shape
     key_heads = means.shape[1]
     tasks = batch * key_heads
-    chosen = torch.zeros(tasks, total, dtype=torch.bool)
+    complete = means.shape[2] if complete is None else complete
+    numbers = np.empty((3, batch), np.int64)
+    numbers[0], numbers[1], numbers[2] = total, complete, count
+    chosen = torch.zeros(tasks, int(numbers[0].max()), dtype=torch.bool)
     arguments = (
         q.reshape(tasks, -1).float().numpy(),
         *flat_memory(means),
         np.uint32(SHIFTS[means.dtype]),
-        means.shape[2],
-        count,
+        numbers,
         np.float32(scale),
         maximum,
         key_heads,
@@ -56,10 +69,18 @@ def choose_pages(q: Tensor, means: Tensor, total: int, count: int, scale: float,
         chosen.numpy(),
     )
     _in_threads(_choose, arguments, tasks, means[..., 0].numel() * width)
-    return chosen.view(batch, key_heads, 1, total)
+    return chosen.view(batch, key_heads, 1, -1)
 
 
-def attend_chosen_pages(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: int, scale: float) -> Tensor:
+def attend_chosen_pages(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: Tensor,
+    size: int,
+    scale: float,
+    first_keys: Sequence[int] | None = None,
+) -> Tensor:
     """Attention of one query over whole pages, read in place.
 
     Args:
@@ -69,6 +90,7 @@ def attend_chosen_pages(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: i
         chosen: (batch, key_heads or 1, 1, pages) bool; without a page the output is 0.
         size: keys per page.
         scale: factor of the logits.
+        first_keys: where the pages of each sequence begin; None for 0.
 
     Returns:
         (batch, heads, 1, d_v).
@@ -85,6 +107,7 @@ def attend_chosen_pages(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: i
         *flat_memory(v),
         np.uint32(SHIFTS[q.dtype]),
         mask,
+        _starts(first_keys, batch),
         size,
         m,
         np.float32(scale),
@@ -104,32 +127,43 @@ def _in_threads(function: Callable[..., None], arguments: tuple, tasks: int, wor
     run_in_team(lambda first, last: function(*arguments, first, last), chunk_ranges(tasks, parts))
 
 
-def known_pages(k: Tensor, last_keys: Tensor, size: int) -> int:
-    """Number of leading pages whose last keys begin as they did before, in all sequences and heads.
+def _starts(first_keys: Sequence[int] | None, batch: int) -> np.ndarray:
+    return np.zeros(batch, np.int64) if first_keys is None else np.array(first_keys, np.int64)
+
+
+def known_pages(
+    k: Tensor, last_keys: Tensor, size: int, pages: np.ndarray, first_keys: Sequence[int] | None = None
+) -> np.ndarray:
+    """Number of leading pages of each sequence whose last keys begin as they did before, in all heads.
 
     Args:
         k: (batch, key_heads, m, d).
-        last_keys: (batch, key_heads, pages, components) of k's dtype; pages at most m / size.
+        last_keys: (batch, key_heads, pages, components) of k's dtype.
         size: keys per page.
+        pages: (batch,) int64, how many pages of each sequence to compare.
+        first_keys: where the pages of each sequence begin; None for 0.
+
+    Returns:
+        (batch,) int64, at most ``pages``.
     """
-    return _known(*flat_memory(k), last_keys.view(INTEGERS[k.dtype]).numpy(), size)
+    known = pages.copy()
+    _known(*flat_memory(k), last_keys.view(INTEGERS[k.dtype]).numpy(), size, _starts(first_keys, len(k)), known)
+    return known
 
 
 @njit(cache=True, nogil=True)
-def _known(memory, stride_b, stride_h, stride_m, last_keys, size):
-    batch, heads, pages, components = last_keys.shape
-    known = pages
+def _known(memory, stride_b, stride_h, stride_m, last_keys, size, first_keys, known):
+    batch, heads, _, components = last_keys.shape
     for b in range(batch):
         for h in range(heads):
-            for page in range(known):
-                start = b * stride_b + h * stride_h + ((page + 1) * size - 1) * stride_m
+            for page in range(known[b]):
+                start = b * stride_b + h * stride_h + (first_keys[b] + (page + 1) * size - 1) * stride_m
                 for i in range(components):
                     if memory[start + i] != last_keys[b, h, page, i]:
-                        known = page
+                        known[b] = page
                         break
-                if known == page:
+                if known[b] == page:
                     break
-    return known
 
 
 @njit(cache=True, nogil=True, fastmath=ANY_ORDER)
@@ -140,8 +174,7 @@ def _choose(
     stride_h,
     stride_m,
     shift,
-    complete,
-    count,
+    numbers,
     scale,
     maximum,
     key_heads,
@@ -151,15 +184,22 @@ def _choose(
     first,
     last,
 ):
-    total = chosen.shape[1]
+    most = chosen.shape[1]
     bits = np.empty(d, np.uint32)
     mean = bits.view(np.float32)
-    logits = np.empty((share, complete), np.float32)
-    exponents = np.empty(complete, np.int32)
+    logits = np.empty((share, most), np.float32)
+    exponents = np.empty(most, np.int32)
     powers = exponents.view(np.float32)
-    scores = np.empty(total, np.float32)
+    memory_of_scores = np.empty(most, np.float32)
+    highest = np.finfo(np.float32).max
     for task in range(first, last):
-        start = task // key_heads * stride_b + task % key_heads * stride_h
+        sequence = task // key_heads
+        total, complete, count = numbers[0, sequence], numbers[1, sequence], numbers[2, sequence]
+        if count == total:
+            chosen[task, :total] = True
+            continue
+        scores = memory_of_scores[:total]
+        start = sequence * stride_b + task % key_heads * stride_h
         for page in range(complete):
             widen(memory, start + page * stride_m, d, shift, bits, 0)
             for g in range(share):
@@ -183,8 +223,10 @@ def _choose(
             for page in range(complete):
                 one = row[page] / mass
                 scores[page] = max(scores[page], one) if maximum else scores[page] + one
-        for page in (0, max(total - 2, 0), total - 1):
-            scores[page] = np.float32(np.inf)
+        # Where the budget does not hold all that is always kept, later lines come first.
+        scores[max(total - 2, 0)] = highest / np.float32(2.0)
+        scores[0] = highest
+        scores[total - 1] = np.float32(np.inf)
         least = np.partition(scores, total - count)[total - count]
         left = count
         for page in range(total):
@@ -199,8 +241,8 @@ def _choose(
 
 @njit(cache=True, nogil=True, fastmath=ANY_ORDER)
 def _attend(
-    q, keys, key_b, key_h, key_m, values, value_b, value_h, value_m, shift, mask, size, m, scale, key_heads, share, d,
-    d_v, out, first, last,
+    q, keys, key_b, key_h, key_m, values, value_b, value_h, value_m, shift, mask, first_keys, size, m, scale, key_heads,
+    share, d, d_v, out, first, last,
 ):  # fmt: skip
     key_bits, value_bits = np.empty(size * d, np.uint32), np.empty(size * d_v, np.uint32)
     key_rows, value_rows = key_bits.view(np.float32), value_bits.view(np.float32)
@@ -212,6 +254,7 @@ def _attend(
     for task in range(first, last):
         key_start = task // key_heads * key_b + task % key_heads * key_h
         value_start = task // key_heads * value_b + task % key_heads * value_h
+        begin = first_keys[task // key_heads]
         for i in range(share * d):
             queries[i] = q[task, i] * scale
         sums[:] = 0.0
@@ -224,12 +267,12 @@ def _attend(
             following = page + 1
             while following < mask.shape[1] and not mask[task, following]:
                 following += 1
-            for place in range(following * size, min((following + 1) * size, m)):
+            for place in range(begin + following * size, min(begin + (following + 1) * size, m)):
                 prefetch(keys, key_start + place * key_m, d)
                 prefetch(values, value_start + place * value_m, d_v)
-            rows = min(size, m - page * size)
+            rows = min(size, m - begin - page * size)
             for r in range(rows):
-                place = page * size + r
+                place = begin + page * size + r
                 widen(keys, key_start + place * key_m, d, shift, key_bits, r * d)
                 widen(values, value_start + place * value_m, d_v, shift, value_bits, r * d_v)
             for g in range(share):

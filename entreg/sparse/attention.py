@@ -21,14 +21,14 @@ from entreg.sparse._pages import attend_pages
 from entreg.sparse._pages_cpu import attend_chosen_pages
 from entreg.sparse._reference import attend_reference
 from entreg.sparse.config import BACKENDS
-from entreg.sparse.plan import SparsityPlan
+from entreg.sparse.plan import SegmentedPlan, SparsityPlan
 
 
 def sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: SparsityPlan,
+    plan: SparsityPlan | SegmentedPlan,
     *,
     causal: bool | None = None,
     backend: str = "gather",
@@ -59,7 +59,7 @@ def sparse_attention(
         q: (batch, heads, n, d), floating point.
         k: (batch, key_heads, m, d), of q's dtype; heads is a multiple of key_heads.
         v: (batch, key_heads, m, d_v), of q's dtype.
-        plan: made for these sizes.
+        plan: made for these sizes. A mask of its own holds beside the one given here.
         causal: None, or whether the mask is causal, which must be as in the plan.
         backend: one of the above.
         scale: factor of the logits; default 1/sqrt(d).
@@ -79,7 +79,29 @@ def sparse_attention(
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if backend not in _BACKENDS:
         raise InputError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if isinstance(plan, SegmentedPlan):
+        return _attend_segments(q, k, v, plan, factor, mask, backend)
+    if plan.mask is not None:
+        mask = plan.mask.expand(plan.batch, -1, -1, -1) if mask is None else plan.mask & mask
     return _BACKENDS[backend](q, k, v, plan, factor, key_bias, mask)
+
+
+def _attend_segments(
+    q: Tensor, k: Tensor, v: Tensor, plan: SegmentedPlan, scale: float, mask: Tensor | None, backend: str
+) -> Tensor:
+    """Every segment as a sequence of its own; zeros for queries in none."""
+    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    for segment, part in plan.parts:
+        inputs = segment.of_queries(q), segment.of_keys(k), segment.of_keys(v)
+        allowed = None if mask is None else segment.of_mask(mask)
+        if part is None:
+            if segment.mask is not None:
+                allowed = segment.mask if allowed is None else segment.mask & allowed
+            found = dense_attention(*inputs, causal=segment.mask is None, scale=scale, mask=allowed)
+        else:
+            found = sparse_attention(*inputs, part, scale=scale, mask=allowed, backend=backend)
+        segment.put_queries(out, found)
+    return out
 
 
 def dense_attention(
@@ -120,10 +142,12 @@ def _attend_gather(
     key_bias: Tensor | None,
     mask: Tensor | None,
 ) -> Tensor:
-    if plan.dense:
+    if plan.first_keys is None and plan.dense:
         return dense_attention(q, k, v, causal=plan.causal, scale=scale, key_bias=key_bias, mask=mask)
     if plan.num_queries == 1 and plan.kind == "blocks" and key_bias is None and mask is None and serves(q, k, v):
-        return attend_chosen_pages(q, k, v, plan.block_mask, plan.block_size, scale)
+        return attend_chosen_pages(q, k, v, plan.block_mask, plan.block_size, scale, plan.first_keys)
+    if plan.first_keys is not None:
+        return attend_pages(q, k, v, plan, scale, mask)
     if key_bias is None and keeps_own_blocks(plan):
         attend = attend_pages if plan.num_queries == 1 else attend_causal_blocks
         return attend(q, k, v, plan, scale, mask)
@@ -147,7 +171,7 @@ def _check(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: SparsityPlan,
+    plan: SparsityPlan | SegmentedPlan,
     causal: bool | None,
     key_bias: Tensor | None,
     mask: Tensor | None,
@@ -164,7 +188,10 @@ def _check(
             f"the plan was made for batch, heads, queries and keys {sizes}, got "
             f"{(q.shape[0], q.shape[1], q.shape[2], k.shape[2])}"
         )
-    if plan.plan_heads not in (1, k.shape[1]):
+    segmented = isinstance(plan, SegmentedPlan)
+    if key_bias is not None and (segmented or plan.first_keys is not None):
+        raise InputError("plans of segments and of sequences that begin at different keys take no key_bias")
+    if not segmented and plan.plan_heads not in (1, k.shape[1]):
         raise InputError(f"a plan with {plan.plan_heads} sets of choices does not fit {k.shape[1]} key heads")
     if key_bias is not None and (not key_bias.is_floating_point() or key_bias.shape != (k.shape[0], k.shape[2])):
         raise InputError(f"key_bias must be floating point of shape {(k.shape[0], k.shape[2])}")

@@ -227,9 +227,9 @@ class TokenMerging:
 class DecoderSparsity:
     """Causal decoders: blocks of keys while the prompt is read, pages of keys while tokens are written.
 
-    In both the first block (the attention sink) and the query's own are always among those chosen. A sequence too
-    short for that within the budget runs dense. (The paper gives a sparsity of 70-75 % and no plan; this is our
-    choice.)
+    In both the first block (the attention sink) and the query's own are always among those chosen. Every sequence of a
+    batch, and every packed document, has its own budget; one too short for those blocks within it runs dense. (The
+    paper gives a sparsity of 70-75 % and no plan; this is our choice.)
 
     Attributes:
         sparsity: realised sparsity of reading in [0, 1): of the causal score entries, those of the selection counted
@@ -262,7 +262,8 @@ class DecoderSparsity:
             heads of a layer that have the most estimated attention mass. All keep to the same sparsity; the last two
             come closer to it, because ``uniform`` is rounded to whole blocks for all at once.
         page_size: keys per page in decoding, at least 1.
-        decode_sparsity: of writing, in [0, 1), of the keys in the cache; None: as ``sparsity``; 0: dense.
+        decode_sparsity: of writing, in [0, 1), of the keys in the cache; None: as ``sparsity``; 0: dense. Which passes
+            write says :func:`entreg.sparse.is_decoding`.
         layers: indices from 0 of the layers it acts on; None for all.
         backend: one of :data:`BACKENDS` but ``flash``; ``triton`` takes blocks and pages of 16, 32, 64 or 128 keys.
 

@@ -252,17 +252,29 @@ def block_densities(
     The last ``dense_tail_blocks`` query blocks keep everything whatever the number.
     """
     entries = block_entries(num_queries, num_keys, block_size, causal, torch.device("cpu"))
-    if causal:
-        # The last block that a row sees is always kept, and the only one not seen in full.
-        last = (entries > 0).sum(-1, keepdim=True) - 1
-        always = entries.gather(-1, last)
-        others = entries.scatter(-1, last, 0.0).sort(-1, descending=True).values[:, :-1]
+    first = (num_keys - num_queries) // block_size if causal else None
+    return densities_of_entries(entries, first, dense_tail_blocks)
+
+
+def densities_of_entries(entries: Tensor, first: int | None, dense_tail_blocks: int = 0) -> tuple[float, ...]:
+    """As :func:`block_densities`, of given numbers of entries.
+
+    Args:
+        entries: (query_blocks, key_blocks) float64 score entries of dense attention in every pair of blocks.
+        first: causal: the key block of the first query block; None otherwise.
+        dense_tail_blocks: as there.
+    """
+    if first is not None:
+        # A row's own block is always kept.
+        own = first + torch.arange(len(entries), device=entries.device)[:, None]
+        always = entries.gather(-1, own)
+        others = entries.scatter(-1, own, 0.0).sort(-1, descending=True).values[:, :-1]
         per_row = torch.cat((always, others), dim=-1).cumsum(-1)
     else:
         per_row = entries.sort(-1, descending=True).values.cumsum(-1)
     if dense_tail_blocks:
         per_row[-dense_tail_blocks:] = entries[-dense_tail_blocks:].sum(-1, keepdim=True)
-    return tuple((per_row.sum(0) / dense_entries(num_queries, num_keys, causal)).tolist())
+    return tuple((per_row.sum(0) / entries.sum()).tolist())
 
 
 def _checked_density(budget: float) -> float:

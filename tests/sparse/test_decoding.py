@@ -13,14 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from entreg.errors import InputError
 from entreg.sparse import DecoderSparsity, PageSummaries, decoder_attention, sparse_attention
 from entreg.sparse import _decoder_selection as selection_room
-from entreg.sparse._causal_blocks import keeps_own_blocks
+from entreg.sparse._blocks import visible_from_mask
 from entreg.sparse._decoder_selection import (
     _mixture,
     _validated,
     block_scores,
     counts_by_entropy,
     selection_entries,
-    visible_from_mask,
 )
 from entreg.sparse.planning import block_densities
 from tests.sparse.attention_oracle import attention_by_loops, attention_matrix, random_inputs
@@ -62,8 +61,9 @@ def test_output_is_the_softmax_over_the_entries_of_the_plan(selection, budget, p
     q, k, v = random_inputs(heads=6, key_heads=2, n=n, m=m)
     mask = None if padding is None else causal_mask(n, m, padding)
     found, plan = decoder_attention(q, k, v, small(sparsity=0.3, selection=selection, budget=budget), mask=mask)
-    assert keeps_own_blocks(plan)
     assert plan.sparsity >= 0.3
+    sees_itself = causal_mask(n, m, padding or (0, 0)).diagonal(m - n, 2, 3)
+    assert (plan.to_mask().diagonal(m - n, 2, 3) | ~sees_itself).all()
     allowed = plan.to_mask() if mask is None else plan.to_mask() & mask
     logits = q @ k.repeat_interleave(3, 1).transpose(-1, -2) * q.shape[-1] ** -0.5
     expected = torch.softmax(logits.masked_fill(~allowed, -math.inf), -1).nan_to_num() @ v.repeat_interleave(3, 1)
@@ -133,14 +133,16 @@ def test_packed_documents_never_see_each_other():
     q, k, v = random_inputs(heads=2, key_heads=2, n=96, m=96)
     document = (torch.arange(96) >= 50).long()
     mask = causal_mask(96, 96) & (document[:, None] == document)
-    packed, plan = decoder_attention(q, k, v, small(sparsity=0.3), mask=mask)
-    assert plan is not None
-    changed = v.clone()
-    changed[:, :, :50] += 1.0
-    again, _ = decoder_attention(q, k, changed, small(sparsity=0.3), mask=mask)
+    config = small(sparsity=0.3, selection="pooled")
+    packed, plan = decoder_attention(q, k, v, config, mask=mask)
+    assert plan.sparsity >= 0.3
+    changed = [torch.cat((x[:, :, :50] + 1.0, x[:, :, 50:]), 2) for x in (q, k, v)]
+    again, _ = decoder_attention(*changed, config, mask=mask)
     assert torch.equal(packed[:, :, 50:], again[:, :, 50:])
-    # The first block of the second document is its sink: kept in every row of it.
-    assert plan.block_mask[:, :, 7:, 6].all()
+    # The first block of the second document is its sink: kept in every row of it. So is a query's own key.
+    kept = plan.to_mask()
+    assert kept[:, :, 58:, 50:58].all()
+    assert kept.diagonal(0, 2, 3).all()
 
 
 @pytest.mark.parametrize("padding", [None, (0, 13)])

@@ -206,6 +206,16 @@ def test_blocks_are_those_of_highest_score_in_each_row(causal):
         assert torch.nonzero(plan.block_mask[b, g, r]).flatten().tolist() == expected
 
 
+def test_a_prefix_that_fills_the_budget_leaves_room_for_each_causal_rows_own_block():
+    q, k, _ = random_inputs(n=30, m=30)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        score = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(2)).to(dtype)
+        plan = make_plan(q, k, 12, kind="blocks", block_size=4, score=score, num_prefix=9, causal=True)
+        for row in range(8):
+            kept = torch.nonzero(plan.block_mask[0, 0, row]).flatten().tolist()
+            assert kept == (list(range(row + 1)) if row < 3 else [0, 1, row])
+
+
 def test_one_causal_block_per_row_is_its_own():
     q, k, _ = random_inputs(n=10, m=14)
     plan = make_plan(q, k, 4, kind="blocks", block_size=4, causal=True)
