@@ -156,7 +156,7 @@ class PageSummaries:
         if serves(k):
             return _pages_cpu.known_pages(k[:, :1], self._last_keys, self.page_size, pages, self._first_keys)
         most = int(pages.max(initial=0))
-        ends = torch.arange(self.page_size - 1, most * self.page_size, self.page_size, device=k.device)
+        ends = torch.arange(1, most + 1, device=k.device) * self.page_size - 1
         ends = ends + torch.tensor(self._first_keys or (0,) * len(k), device=k.device)[:, None]
         found = k[torch.arange(len(k), device=k.device)[:, None], 0, ends.clamp_max(k.shape[2] - 1)]
         same = (found[..., : self._last_keys.shape[3]] == self._last_keys[:, 0, :most]).all(-1)
