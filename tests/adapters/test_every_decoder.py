@@ -126,6 +126,23 @@ def check_sparse(name):
         assert wrote.shape == stock.shape
 
 
+@torch.no_grad()
+def check_padding(name):
+    model, x = build(name), tokens(length=LENGTH)
+    if model._can_set_experts_implementation():
+        # The others have no float64.
+        model.set_experts_implementation("eager")
+    model.double()
+    for side in ("left", "right"):
+        mask = padding(side=side)
+        real = mask.bool()
+        other = torch.where(real, x, (x + 7) % (VOCABULARY - 2) + 2)
+        assert not torch.equal(other, x)
+        with sparsify(model, SPARSE):
+            wanted, ours = (model(given, attention_mask=mask, use_cache=False).logits[real] for given in (x, other))
+        torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
+
+
 def test_every_class_is_known():
     listed = [*RUN, *REFUSED, *chain(*KNOWN["unbuilt"].values())]
     assert len(set(listed)) == len(listed)
@@ -144,6 +161,11 @@ def test_sampled_classes_run_sparsely(name):
     check_sparse(name)
 
 
+@pytest.mark.parametrize("name", [name for name in SAMPLE if name in KNOWN["served"]])
+def test_content_of_padding_changes_nothing_in_sampled_classes(name):
+    check_padding(name)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", RUN)
 def test_every_class_is_stock_at_sparsity_zero(name):
@@ -154,6 +176,12 @@ def test_every_class_is_stock_at_sparsity_zero(name):
 @pytest.mark.parametrize("name", RUN)
 def test_every_class_runs_sparsely(name):
     check_sparse(name)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", KNOWN["served"])
+def test_content_of_padding_changes_nothing_in_every_class(name):
+    check_padding(name)
 
 
 @pytest.mark.exhaustive
