@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 from collections.abc import Mapping
@@ -120,3 +121,8 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(weights[name].shape)} {value.dtype}".encode())
         digest.update(value.view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode without gradients: the teacher of a distillation."""
+    return copy.deepcopy(model).eval().requires_grad_(False)

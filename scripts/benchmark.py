@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 
 import entreg.script  # noqa: F401, before PyTorch is loaded
 from entreg.cli import command_line, hydra_main
-from entreg.evaluation.profiles import checked_config
-from entreg.evaluation.reporting import filled_tables
+from entreg.experiments.printing import filled_tables
+from entreg.experiments.profiles import checked_config
 from entreg.records.store import RecordStore
 
 

@@ -11,7 +11,7 @@ import hydra
 
 from entreg.atomic import write_text_atomic
 from entreg.cli import CONFIGS, entry_point
-from entreg.evaluation.costs import EXPERIMENTS, cost_page, paper_experiment
+from entreg.experiments.paper_costs import EXPERIMENTS, cost_page, paper_experiment
 from entreg.records import REFERENCE_ROOT, RecordStore
 
 PAGE = CONFIGS.parent / "docs" / "scale_out_costs.md"

@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 
 import entreg.script  # noqa: F401, before PyTorch is loaded
 from entreg.cli import command_line, hydra_main
-from entreg.evaluation.geometry_experiment import experiment_configs, plan_runs
-from entreg.evaluation.geometry_report import report
-from entreg.evaluation.studies import run_all
+from entreg.experiments.geometry.experiment import experiment_configs, plan_runs
+from entreg.experiments.geometry.printout import report
+from entreg.experiments.studies import run_all
 from entreg.runs.multirun import is_multirun
 from entreg.runs.objective import Objective
 

@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 
 import entreg.script  # noqa: F401, before PyTorch is loaded
 from entreg.cli import command_line, hydra_main
-from entreg.evaluation.language_experiment import CHECKED, plan_run
-from entreg.evaluation.language_report import report
-from entreg.evaluation.studies import run_all, study_configs
+from entreg.experiments.language.experiment import CHECKED, plan_run
+from entreg.experiments.language.printout import report
+from entreg.experiments.studies import run_all, study_configs
 from entreg.runs.multirun import is_multirun
 from entreg.runs.objective import Objective
 

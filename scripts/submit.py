@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from entreg.cli import CONFIGS, entry_point
 from entreg.errors import ConfigError
 from entreg.names import nearest
-from entreg.slurm import submit
+from entreg.runs.slurm import submit
 
 
 @entry_point

@@ -11,9 +11,9 @@ from omegaconf import DictConfig
 
 import entreg.script  # noqa: F401, before PyTorch is loaded
 from entreg.cli import command_line, hydra_main
-from entreg.evaluation.studies import run_all, study_configs
-from entreg.evaluation.vision_experiment import CHECKED, plan_run
-from entreg.evaluation.vision_report import report
+from entreg.experiments.studies import run_all, study_configs
+from entreg.experiments.vision.experiment import CHECKED, plan_run
+from entreg.experiments.vision.printout import report
 from entreg.runs.multirun import is_multirun
 from entreg.runs.objective import Objective
 

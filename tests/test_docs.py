@@ -17,9 +17,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_method
 
 from entreg.cli import CONFIGS
-from entreg.evaluation import geometry_experiment, language_experiment, vision_experiment
-from entreg.evaluation.profiles import checked_config
-from entreg.evaluation.studies import study_configs
+from entreg.experiments.geometry import experiment as geometry_experiment
+from entreg.experiments.language import experiment as language_experiment
+from entreg.experiments.profiles import checked_config
+from entreg.experiments.studies import study_configs
+from entreg.experiments.vision import experiment as vision_experiment
 from entreg.training.penalties import QUANTITIES
 
 ROOT = Path(__file__).parents[1]

@@ -1,5 +1,7 @@
 """The repository's own promises: pins agree, packages stay pure, the README's commands exist."""
 
+import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -67,3 +69,56 @@ def test_commands_of_the_readme_exist():
     assert all((ROOT / script).is_file() for script in scripts)
     for linked in re.findall(r"\]\((?!http)([^)#]+)\)", readme):
         assert (ROOT / linked).exists(), linked
+
+
+def _imports():
+    """Dotted names of the modules of entreg, and for each what it imports when it is loaded."""
+    files = {}
+    for path in sorted((ROOT / "entreg").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+
+    def found(node):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            return
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            named = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in files else node.module for name in named)
+        for child in ast.iter_child_nodes(node):
+            yield from found(child)
+
+    return {name: set(found(ast.parse(path.read_text()))) & set(files) for name, path in files.items()}
+
+
+def test_no_module_is_imported_in_a_circle():
+    graphlib.TopologicalSorter({name: used - {name} for name, used in _imports().items()}).prepare()
+
+
+def test_families_do_not_know_each_other_and_the_core_of_records_knows_none():
+    families = ("geometry", "vision", "language")
+
+    def family(module):
+        return next((one for one in families if module.startswith(f"entreg.experiments.{one}")), None)
+
+    for name, used in _imports().items():
+        others = {family(module) for module in used} - {None, family(name)}
+        if family(name) is not None:
+            assert not others, name
+        if name.startswith(("entreg.records", "entreg.sparse", "entreg.entropy", "entreg.geometry", "entreg.adapters")):
+            assert not any(module.startswith("entreg.experiments") for module in used), name
+
+
+def test_tables_figures_and_claims_load_without_model_libraries():
+    code = (
+        "import importlib, sys\n"
+        "for name in ('torch', 'timm', 'transformers', 'torchvision'): sys.modules[name] = None\n"
+        "from entreg.records.registry import discover, telling_modules\n"
+        "discover()\n"
+        "print(len(telling_modules()))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(result.stdout) > 10

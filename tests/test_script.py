@@ -54,7 +54,7 @@ def test_every_script_that_computes_prepares_its_process_first():
             for name in node.names
         ]
         # The experiments and benchmarks are what Hydra configures.
-        if any(name.startswith(("hydra.", "omegaconf")) for name in imported) and "entreg.slurm" not in imported:
+        if any(name.startswith(("hydra.", "omegaconf")) for name in imported) and "entreg.runs.slurm" not in imported:
             assert next(name for name in imported if name.startswith("entreg")) == "entreg.script", path.name
 
 

@@ -38,7 +38,7 @@ def relinked(hooks, markdown, page="results/vision.md", files=None):
         ("![a](../../results/figures/claims.png)", "![a](../figures/claims.png)"),
         ("[a](../method.md)", "[a](../method.md)"),
         # No part of the site, and nobody knows where the repository will lie: the words stay.
-        ("[`code`](../../entreg/sparse/soft_partition.py)", "`code`"),
+        ("[`code`](../../entreg/sparse/tokens/soft_partition.py)", "`code`"),
         ("[a](https://arxiv.org/abs/2509.03733)", "[a](https://arxiv.org/abs/2509.03733)"),
         ("[a](#what-was-run)", "[a](#what-was-run)"),
         ("```\n[a](nowhere.md)\n```", "```\n[a](nowhere.md)\n```"),

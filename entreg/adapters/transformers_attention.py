@@ -22,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from entreg.adapters.handles import DecoderCapture, DecoderSparsifyHandle, ProbeHandle, Selection
 from entreg.errors import InputError
 from entreg.sparse import MaskForm, PageSummaries, decoder_attention, mask_form
-from entreg.sparse.decoding import MOST_WRITTEN
+from entreg.sparse.decoder.decoding import MOST_WRITTEN
 
 
 class _Implementation(str):

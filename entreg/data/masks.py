@@ -3,7 +3,7 @@
 Masks as in ImageNet-S (Gao et al., 2022): an RGB image whose class is red + 256 * green, 0 for everything else and 1000
 for pixels to be ignored; or one channel that is 0 outside the object. Files lie in one folder per class or all in one,
 and are found by the image's name. What share of a patch an object must cover to count is decided where patches are
-compared, by :func:`entreg.evaluation.localisation.patch_masks`.
+compared, by :func:`entreg.experiments.vision.localisation.patch_masks`.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ A run ends in one record::
 Everything under ``results/`` but ``results/runs/`` is rebuilt from records by ``make tables``
 (:func:`entreg.records.build.build_all`); no number is typed by hand.
 
-**Adding tables, figures and verdicts.** Put them in ``entreg/records/<family>_tables.py``, ``<family>_figures.py``
-and ``<family>_claims.py``; modules with these endings are found and imported by themselves. A builder gets the
+**Adding tables, figures and verdicts.** Put them in ``tables.py``, ``figures.py`` and
+``claims.py`` of ``entreg/experiments/<family>``, or modules whose names end in ``_tables`` and so on; they are found
+and imported by themselves, and import neither torch nor model libraries. A builder gets the
 records (dictionaries, ordered by id, never of scale ``smoke``) whose experiment's name begins with one of the
 prefixes it was registered for; it is not called when there is none, and may return None when the ones there are do
 not hold what it shows. It must depend on nothing else: no files, clock or random numbers. ::

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import PurePath
 from typing import Any, Literal
@@ -284,3 +284,11 @@ def _without_checkout(text: str) -> str:
     if text == root:
         return "."
     return text.replace(root + "/", "")
+
+
+def current_records(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record per experiment: the largest scale, and of that the newest."""
+    best: dict[str, dict[str, Any]] = {}
+    for record in sorted(records, key=lambda r: (SCALES.index(r["scale"]), r["utc"], r["id"])):
+        best[record["experiment"]] = record
+    return [best[name] for name in sorted(best)]

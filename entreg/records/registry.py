@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -10,7 +11,11 @@ from entreg.errors import InputError
 
 T = TypeVar("T", bound=Callable[..., Any])
 
-_MODULE_ENDINGS = ("_tables", "_figures", "_claims")
+EXPERIMENTS = "entreg.experiments"
+"""The package whose families register what is built from their records."""
+
+# Last words of the names of modules that register something.
+_TELLING = ("tables", "figures", "claims")
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,21 @@ class Registry(Generic[T]):
         return [self._entries[name] for name in sorted(self._entries)]
 
 
-def discover() -> None:
-    """Imports every module of this package that registers something."""
-    package = importlib.import_module("entreg.records")
-    for module in pkgutil.iter_modules(package.__path__):
-        if module.name.endswith(_MODULE_ENDINGS):
-            importlib.import_module(f"entreg.records.{module.name}")
+def telling_modules(package: str = EXPERIMENTS) -> list[str]:
+    """Lists the modules of a package, at any depth, that register tables, figures or claim measures.
+
+    Args:
+        package: dotted name. A module is one of them when its own name is ``tables``, ``figures`` or ``claims``, or
+            ends in one of these words after an underscore.
+
+    Returns:
+        dotted names, in alphabetical order.
+    """
+    found = pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}.")
+    return sorted(module.name for module in found if re.split(r"[._]", module.name)[-1] in _TELLING)
+
+
+def discover(package: str = EXPERIMENTS) -> None:
+    """Imports every module of a package that registers something, see :func:`telling_modules`."""
+    for name in telling_modules(package):
+        importlib.import_module(name)

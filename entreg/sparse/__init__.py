@@ -25,14 +25,21 @@ from entreg.sparse.config import (
     TokenSparsity,
     sparsity_from_mapping,
 )
-from entreg.sparse.decoding import PageSummaries, decoder_attention, decoder_plan, is_decoding
+from entreg.sparse.decoder.decoding import PageSummaries, decoder_attention, decoder_plan, is_decoding
+from entreg.sparse.decoder.masks import MaskForm, Segment, mask_form
 from entreg.sparse.kernels import attention_kernel, recorded_kernels
-from entreg.sparse.masks import MaskForm, Segment, mask_form
 from entreg.sparse.plan import SegmentedPlan, SparsityPlan
 from entreg.sparse.planning import make_plan
 from entreg.sparse.scores import score_entries, selection_scores
-from entreg.sparse.soft_partition import fuse_tokens, partition_tokens
-from entreg.sparse.tokens import TokenReduction, bipartite_merge, compose_reductions, drop_tokens, merge_tokens, unmerge
+from entreg.sparse.tokens.reduction import (
+    TokenReduction,
+    bipartite_merge,
+    compose_reductions,
+    drop_tokens,
+    merge_tokens,
+    unmerge,
+)
+from entreg.sparse.tokens.soft_partition import fuse_tokens, partition_tokens
 
 __all__ = [
     "SPARSITIES",

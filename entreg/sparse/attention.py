@@ -11,15 +11,15 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from entreg.entropy.attention import check_attention_inputs
 from entreg.errors import InputError
-from entreg.sparse._causal_blocks import attend_causal_blocks, keeps_own_blocks
-from entreg.sparse._flash import attend_flash
-from entreg.sparse._flex import attend_flex
-from entreg.sparse._gather import gather
-from entreg.sparse._kernels import attend_triton
-from entreg.sparse._loops import serves
-from entreg.sparse._pages import attend_pages
-from entreg.sparse._pages_cpu import attend_chosen_pages
-from entreg.sparse._reference import attend_reference
+from entreg.sparse.backends.causal_blocks import attend_causal_blocks, keeps_own_blocks
+from entreg.sparse.backends.flash import attend_flash
+from entreg.sparse.backends.flex import attend_flex
+from entreg.sparse.backends.gather import gather
+from entreg.sparse.backends.loops import serves
+from entreg.sparse.backends.page_loops import attend_chosen_pages
+from entreg.sparse.backends.pages import attend_pages
+from entreg.sparse.backends.reference import attend_reference
+from entreg.sparse.backends.triton.entry import attend_triton
 from entreg.sparse.config import BACKENDS
 from entreg.sparse.plan import SegmentedPlan, SparsityPlan
 

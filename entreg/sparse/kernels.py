@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from entreg.sparse._recording import RECORDERS
 from entreg.sparse.attention import dense_attention, sparse_attention
+from entreg.sparse.backends.recording import RECORDERS
 from entreg.sparse.plan import SparsityPlan
 
 # Beginnings of the operators that SDPA turns into. The plain one turns into a product, a softmax and a product.

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from entreg.errors import InputError
-from entreg.sparse._counting import block_entries, dense_entries, mask_entries, num_blocks, query_offset
-from entreg.sparse.masks import Segment
+from entreg.sparse.counting import block_entries, dense_entries, mask_entries, num_blocks, query_offset
+from entreg.sparse.decoder.masks import Segment
 
 KINDS = ("columns", "blocks")
 
@@ -273,7 +273,7 @@ class SparsityPlan:
 
 @dataclass(frozen=True, eq=False)
 class SegmentedPlan:
-    """Plans of the segments that a mask consists of, each a sequence of its own; see :mod:`entreg.sparse.masks`.
+    """Plans of the segments that a mask consists of, each a sequence alone; see :mod:`entreg.sparse.decoder.masks`.
 
     What is in no segment is not computed; its queries get zeros. Counts are over the entries that the mask allows
     within segments.

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from entreg.entropy.attention import check_attention_inputs
 from entreg.errors import InputError
-from entreg.sparse._blocks import highest_blocks, pooled_block_scores, visible_blocks
-from entreg.sparse._counting import block_entries, dense_entries, num_blocks, query_offset
-from entreg.sparse._partition import token_parts
+from entreg.sparse.ball_partition import token_parts
+from entreg.sparse.block_scores import highest_blocks, pooled_block_scores, visible_blocks
+from entreg.sparse.counting import block_entries, dense_entries, num_blocks, query_offset
 from entreg.sparse.plan import KINDS, SparsityPlan
 from entreg.sparse.scores import score_entries, selection_scores
 

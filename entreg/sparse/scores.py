@@ -13,7 +13,7 @@ from torch import Tensor
 
 from entreg.entropy.attention import attention_received, check_attention_inputs
 from entreg.errors import InputError
-from entreg.sparse._partition import token_parts
+from entreg.sparse.ball_partition import token_parts
 from entreg.sparse.config import SCORES
 
 _GOLDEN_RATIO = (1.0 + math.sqrt(5.0)) / 2.0

@@ -13,8 +13,8 @@ A whole training of a stock transformers decoder:
 see the stock model. Weights that are trained are float32 always, ``precision: bfloat16`` of the settings is autocast.
 Frozen weights stay in the dtype they were loaded in, and out of the checkpoints: to read one, prepare the same stock
 model in the same way, call :func:`entreg.training.checkpoints.load_model_weights`, then merge. A teacher is a
-:func:`entreg.training.vision.frozen_copy` of the model, made before anything is attached to it or trained; partition
-penalties choose their anchors by :func:`entreg.training.vision.prepare_penalties` with a batch of tokens.
+:func:`entreg.weights.frozen_copy` of the model, made before anything is attached to it or trained; partition
+penalties choose their anchors by :func:`entreg.training.penalties.prepare_penalties` with a batch of tokens.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from entreg import distributed
+from entreg.adapters import probe
 from entreg.entropy import (
     BallEntropy,
     HalfspaceEntropy,
@@ -362,3 +363,14 @@ def _with_floor(settings: PenaltySettings) -> Term:
         return settings.term
     values = {field.name: getattr(settings.term, field.name) for field in fields(Term)}
     return Term(**{**values, "floor": math.log(settings.budget)})
+
+
+def prepare_penalties(model: nn.Module, penalties: Penalties, inputs: Tensor, seed: int) -> None:
+    """Choose the anchors of partition penalties from one batch, of images or tokens, of the dense model."""
+    handle = probe(model)
+    try:
+        with torch.no_grad():
+            model(inputs)
+            penalties.prepare(handle.captures, seed)
+    finally:
+        handle.remove()

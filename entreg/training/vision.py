@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from entreg.adapters import probe
 from entreg.errors import InputError
 from entreg.training.curriculum import CellCurriculum
 from entreg.training.penalties import Penalties
@@ -122,19 +120,3 @@ def distillation_loss(logits: Tensor, wanted: Tensor, temperature: float) -> Ten
     student = torch.log_softmax(logits.float().flatten(0, -2) / temperature, dim=-1)
     teacher = torch.log_softmax(wanted.float().flatten(0, -2) / temperature, dim=-1)
     return F.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2
-
-
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode without gradients: the teacher of a distillation."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
-
-
-def prepare_penalties(model: nn.Module, penalties: Penalties, inputs: Tensor, seed: int) -> None:
-    """Choose the anchors of partition penalties from one batch, of images or tokens, of the dense model."""
-    handle = probe(model)
-    try:
-        with torch.no_grad():
-            model(inputs)
-            penalties.prepare(handle.captures, seed)
-    finally:
-        handle.remove()

@@ -14,13 +14,14 @@ from entreg import distributed
 from entreg.adapters import vision_model
 from entreg.adapters.language_models import random_language_model
 from entreg.data.language_tasks import NeedleTask, SummaryTask
-from entreg.evaluation import language_evaluation, vision_evaluation
-from entreg.evaluation.language_evaluation import Task
-from entreg.evaluation.language_measures import greedy_continuation
-from tests.evaluation.test_language_evaluation import TINY, Words, windows
-from tests.evaluation.test_language_evaluation import evaluation as language_settings
-from tests.evaluation.test_vision_evaluation import Images
-from tests.evaluation.test_vision_evaluation import evaluation as vision_settings
+from entreg.experiments.language import evaluation as language_evaluation
+from entreg.experiments.language.evaluation import Task
+from entreg.experiments.language.measures import greedy_continuation
+from entreg.experiments.vision import evaluation as vision_evaluation
+from tests.experiments.language.test_evaluation import TINY, Words, windows
+from tests.experiments.language.test_evaluation import evaluation as language_settings
+from tests.experiments.vision.test_evaluation import Images
+from tests.experiments.vision.test_evaluation import evaluation as vision_settings
 
 SIZES = (1, 3, 5)
 """Of the data sets; two processes and batches of two: none, one or both have something to do, evenly and not."""

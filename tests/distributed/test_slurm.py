@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from entreg.cli import CONFIGS
 from entreg.errors import ConfigError, ProcessError
-from entreg.slurm import TorchrunJob, submit
+from entreg.runs.slurm import TorchrunJob, submit
 from tests.distributed.launch import launch, sentences
 
 

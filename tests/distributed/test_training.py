@@ -10,13 +10,13 @@ import torch
 from entreg import distributed
 from entreg.adapters.language_models import random_language_model
 from entreg.errors import ConfigError
-from entreg.evaluation.costs import state_bytes
+from entreg.experiments.paper_costs import state_bytes
 from entreg.training.checkpoints import latest_checkpoint, read_checkpoint
 from entreg.training.loop import TrainingSettings
 from entreg.training.sharding import check_sharding, sharding_wanted
 from tests.distributed import training
 from tests.distributed.launch import accelerate, launch, sentences
-from tests.evaluation.test_language_evaluation import TINY
+from tests.experiments.language.test_evaluation import TINY
 
 SHARDED = {"ACCELERATE_USE_FSDP": "true"}
 

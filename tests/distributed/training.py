@@ -18,7 +18,7 @@ from entreg.cli import entry_point
 from entreg.training.language import LanguageObjective, TokenWindows, prepare_language_training
 from entreg.training.loop import TrainingSettings, train
 from entreg.training.penalties import Penalties, penalty_from_mapping
-from tests.evaluation.test_language_evaluation import TINY, windows
+from tests.experiments.language.test_evaluation import TINY, windows
 
 SETTINGS = {
     "steps": 6,

@@ -15,9 +15,11 @@ from omegaconf import OmegaConf
 from entreg import cli
 from entreg.cli import CONFIGS
 from entreg.errors import ConfigError, EntregError
-from entreg.evaluation import geometry_experiment, language_experiment, vision_experiment
-from entreg.evaluation.profiles import check_values
-from entreg.evaluation.studies import run_all, study_configs
+from entreg.experiments.geometry import experiment as geometry_experiment
+from entreg.experiments.language import experiment as language_experiment
+from entreg.experiments.profiles import check_values
+from entreg.experiments.studies import run_all, study_configs
+from entreg.experiments.vision import experiment as vision_experiment
 from entreg.records.store import RecordStore
 from entreg.runs.objective import Objective
 

@@ -13,7 +13,7 @@ from entreg.data.assets import ASSETS, cached_path
 from entreg.data.digits import load_digits
 from entreg.records import REFERENCE_ROOT, RecordStore
 from entreg.training.checkpoints import latest_checkpoint, read_checkpoint
-from tests.experiments.test_vision import DIGITS
+from tests.experiments.vision.test_runs import DIGITS
 from tests.faults import victims
 from tests.faults.catalogue import Fault
 from tests.faults.processes import killed_at_random_moments

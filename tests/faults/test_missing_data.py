@@ -15,7 +15,7 @@ from entreg.data.imagenet import imagenet
 from entreg.data.official_corruptions import OfficialCorruptions
 from entreg.data.vision_sets import vision_dataset
 from entreg.errors import AssetError
-from entreg.evaluation.classification import evaluate
+from entreg.experiments.vision.classification import evaluate
 from entreg.training.checkpoints import latest_checkpoint
 from entreg.training.loop import TrainingSettings, train
 from tests.data.official_layouts import random_pixels, write_corruptions, write_image_folder

@@ -11,7 +11,7 @@ from entreg.data import assets
 from entreg.errors import OutputError
 from entreg.records import REFERENCE_ROOT, RecordStore
 from tests.data.test_assets import CONTENT, MEMBER, make_asset, tar_bytes
-from tests.experiments.test_vision import SCENES
+from tests.experiments.vision.test_runs import SCENES
 from tests.faults.catalogue import ROOT, Fault
 from tests.faults.disks import read_only
 from tests.faults.processes import run_script

@@ -11,13 +11,13 @@ import timm.optim
 import timm.scheduler
 import timm.utils  # noqa: F401
 
-import entreg.evaluation.geometry_experiment
-import entreg.evaluation.geometry_report
-import entreg.evaluation.language_experiment
-import entreg.evaluation.language_report
-import entreg.evaluation.vision_report  # noqa: F401
-from entreg.evaluation.studies import run_all
-from entreg.evaluation.vision_experiment import plan_run
+import entreg.experiments.geometry.experiment
+import entreg.experiments.geometry.printout
+import entreg.experiments.language.experiment
+import entreg.experiments.language.printout
+import entreg.experiments.vision.printout  # noqa: F401
+from entreg.experiments.studies import run_all
+from entreg.experiments.vision.experiment import plan_run
 from entreg.records import RecordStore, registry
 from entreg.records.build import build_all
 from entreg.training.checkpoints import save_checkpoint

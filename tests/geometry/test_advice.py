@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entreg.errors import InputError
-from entreg.evaluation.geometry_certificates import delaunay_defect, triangle_neighbors
+from entreg.experiments.geometry.speed.certificates import delaunay_defect, triangle_neighbors
 from entreg.geometry import advice
 from entreg.geometry.advice import advised_convex_hull, advised_delaunay, advised_order, advised_pareto_front
 from entreg.geometry.convex_hull import convex_hull

@@ -131,7 +131,7 @@ def test_the_host_name_is_nowhere():
 def test_recording_and_launching_do_not_load_torch():
     script = (
         "import sys\n"
-        "import entreg.evaluation.studies, entreg.runs.status\n"
+        "import entreg.experiments.studies, entreg.runs.status\n"
         "from entreg.records import environment\n"
         "environment.device_description(), environment.library_versions()\n"
         "assert not {'torch', 'matplotlib'} & set(sys.modules)\n"

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 
 from entreg.errors import InputError
@@ -40,16 +42,18 @@ def test_a_bare_string_is_not_a_tuple_of_prefixes(experiments):
         Registry("table").register("a", experiments)
 
 
-def test_modules_are_found_by_their_ending(tmp_path, monkeypatch):
-    import entreg.records
-
-    (tmp_path / "found_tables.py").write_text("import sys\nsys.modules['found_by_test'] = sys\n")
-    (tmp_path / "other.py").write_text("raise RuntimeError('must not be imported')\n")
-    monkeypatch.setattr(entreg.records, "__path__", [*entreg.records.__path__, str(tmp_path)])
-    import sys
-
-    monkeypatch.delitem(sys.modules, "found_by_test", raising=False)
-    registry.discover()
-    assert "found_by_test" in sys.modules
-    for name in ("found_by_test", "entreg.records.found_tables"):
+def test_modules_are_found_by_their_name_at_any_depth(tmp_path, monkeypatch):
+    inner = tmp_path / "found_family" / "speed"
+    inner.mkdir(parents=True)
+    for folder in (inner, inner.parent):
+        (folder / "__init__.py").touch()
+        (folder / "tables_of_logs.py").write_text("raise RuntimeError('must not be imported')\n")
+    (inner.parent / "tables.py").touch()
+    (inner / "cost_figures.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    expected = ["found_family.speed.cost_figures", "found_family.tables"]
+    assert registry.telling_modules("found_family") == expected
+    registry.discover("found_family")
+    assert set(expected) <= set(sys.modules)
+    for name in [name for name in sys.modules if name.split(".")[0] == "found_family"]:
         monkeypatch.delitem(sys.modules, name)

@@ -15,7 +15,7 @@ SCRIPT = """
     from pathlib import Path
     from entreg.cli import command_line, hydra_main
     from entreg.errors import InputError
-    from entreg.evaluation.studies import run_all
+    from entreg.experiments.studies import run_all
     from entreg.records.record import new_record
 
     @dataclass(frozen=True)

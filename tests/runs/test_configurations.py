@@ -10,7 +10,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 
 from entreg.cli import CONFIGS
-from entreg.evaluation.geometry_experiment import experiment_configs, plan_runs
+from entreg.experiments.geometry.experiment import experiment_configs, plan_runs
 from entreg.runs.multirun import sweep_name
 from tests.faults.processes import run_program
 

@@ -12,7 +12,7 @@ import pytest
 from entreg.cli import CONFIGS
 from entreg.records.store import RecordStore
 from entreg.runs.directory import RunDirectory
-from tests.experiments.test_vision import TINY
+from tests.experiments.vision.test_runs import TINY
 from tests.faults.processes import run_program
 from tests.runs.small_project import wait_until
 

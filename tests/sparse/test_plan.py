@@ -12,8 +12,8 @@ from sklearn.cluster import KMeans
 
 from entreg.errors import InputError
 from entreg.sparse import SparsityPlan, make_plan, score_entries
-from entreg.sparse._blocks import pooled_block_scores
-from entreg.sparse._partition import token_parts
+from entreg.sparse.ball_partition import token_parts
+from entreg.sparse.block_scores import pooled_block_scores
 from tests.sparse.attention_oracle import attention_matrix, random_inputs
 
 

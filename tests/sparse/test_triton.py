@@ -26,10 +26,10 @@ from entreg.sparse import (
     recorded_kernels,
     sparse_attention,
 )
-from entreg.sparse._blocks import highest_blocks, visible_blocks
-from entreg.sparse._decoder_selection import block_scores, counts_by_entropy, selection_entries, with_kept_blocks
-from entreg.sparse._fused_entries import KEYS_PER_TILE, ROWS_PER_TILE
-from entreg.sparse.decoding import decoder_plan
+from entreg.sparse.backends.triton.entries import KEYS_PER_TILE, ROWS_PER_TILE
+from entreg.sparse.block_scores import highest_blocks, visible_blocks
+from entreg.sparse.decoder.decoding import decoder_plan
+from entreg.sparse.decoder.selection import block_scores, counts_by_entropy, selection_entries, with_kept_blocks
 from entreg.sparse.planning import block_densities
 from tests.sparse.attention_oracle import random_inputs
 
@@ -106,7 +106,7 @@ def test_attention_over_blocks(size, n, m, heads, key_heads, width, value_width)
     [(16, 4, 1, 96, 96, 4, 2, "max"), (16, 8, 2, 90, 131, 3, 1, "mean"), (32, 32, 1, 200, 230, 1, 1, "max")],
 )
 def test_selection_is_that_of_the_other_backends(selection, size, pool, number, n, m, heads, key_heads, reduction):
-    from entreg.sparse._triton.selection import estimated_blocks, kept_blocks, shared_counts
+    from entreg.sparse.backends.triton.selection import estimated_blocks, kept_blocks, shared_counts
 
     # In float32, so that nothing hangs on rounding; tensor cores are not asked for it.
     q, k, _ = draw(batch=2, heads=heads, key_heads=key_heads, n=n, m=m, width=16, dtype=torch.float32)

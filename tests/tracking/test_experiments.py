@@ -8,11 +8,13 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from entreg.cli import CONFIGS
-from entreg.evaluation import geometry_experiment, language_experiment, vision_experiment
-from entreg.evaluation.studies import run_all
+from entreg.experiments.geometry import experiment as geometry_experiment
+from entreg.experiments.language import experiment as language_experiment
+from entreg.experiments.studies import run_all
+from entreg.experiments.vision import experiment as vision_experiment
 from entreg.records.record import config_hash
 from tests.distributed.launch import launch_forked
-from tests.experiments.test_vision import SCENES
+from tests.experiments.vision.test_runs import SCENES
 from tests.faults.disks import small_disk
 from tests.tracking import wandb_files
 from tests.tracking.runs import RUN, tracked_training

@@ -11,7 +11,9 @@ from omegaconf import OmegaConf
 
 from entreg.cli import CONFIGS
 from entreg.errors import ConfigError
-from entreg.evaluation import geometry_experiment, language_experiment, vision_experiment
+from entreg.experiments.geometry import experiment as geometry_experiment
+from entreg.experiments.language import experiment as language_experiment
+from entreg.experiments.vision import experiment as vision_experiment
 from entreg.records.record import config_hash
 from entreg.records.store import REFERENCE_ROOT, RecordStore
 from entreg.tracking import NoTracker, open_tracker, track_record, tracked, tracker_settings_from_mapping
@@ -63,8 +65,8 @@ def test_wandb_is_the_default_and_offline_but_in_seconds_long_runs():
 
 def test_importing_the_experiments_loads_no_tracker():
     code = (
-        "import sys, entreg, entreg.tracking, entreg.evaluation.vision_experiment, "
-        "entreg.evaluation.language_experiment, entreg.evaluation.geometry_experiment; "
+        "import sys, entreg, entreg.tracking, entreg.experiments.vision.experiment, "
+        "entreg.experiments.language.experiment, entreg.experiments.geometry.experiment; "
         "print(sorted({'wandb', 'tensorboard', 'torch.utils.tensorboard'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

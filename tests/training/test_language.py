@@ -21,8 +21,8 @@ from entreg.training.language import (
     prepare_language_training,
 )
 from entreg.training.loop import TrainingSettings, train
-from entreg.training.penalties import Penalties, penalty_from_mapping
-from entreg.training.vision import frozen_copy, prepare_penalties
+from entreg.training.penalties import Penalties, penalty_from_mapping, prepare_penalties
+from entreg.weights import frozen_copy
 from tests.adapters.small_decoders import DEPTH, FAMILIES, VOCABULARY, WINDOW, padding, small_decoder, tokens
 
 import transformers  # isort: skip - after the bridge of small_decoders

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from entreg.errors import InputError
 from entreg.training.penalties import Penalties
-from entreg.training.vision import VisionObjective, answer_logits, cross_entropy, distillation_loss, frozen_copy
+from entreg.training.vision import VisionObjective, answer_logits, cross_entropy, distillation_loss
+from entreg.weights import frozen_copy
 
 
 def test_answers_are_the_first_tokens():

@@ -1,0 +1,1 @@
+"""Experiments by family, and what all of them share: studies, timing, printing."""

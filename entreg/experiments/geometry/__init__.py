@@ -1,0 +1,1 @@
+"""Geometry: convex hulls and triangulations, learned and exact."""

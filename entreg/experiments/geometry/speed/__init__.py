@@ -1,0 +1,1 @@
+"""Speed of the exact geometry against its peers."""

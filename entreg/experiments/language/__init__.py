@@ -1,0 +1,1 @@
+"""Language models: quality under sparsity."""

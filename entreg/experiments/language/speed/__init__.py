@@ -1,0 +1,1 @@
+"""Speed of language models, prompts and writing."""

@@ -1,0 +1,1 @@
+"""Vision transformers: accuracy, masks and robustness under sparsity."""

@@ -1,0 +1,1 @@
+"""Speed and training cost of vision transformers."""

@@ -1,0 +1,1 @@
+"""Ways to compute sparse attention, one module each; all agree with the reference."""

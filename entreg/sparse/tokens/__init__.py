@@ -1,0 +1,1 @@
+"""Fewer tokens in the residual stream: dropping, merging, fusing, soft partition."""
