@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from entreg import progress
 from entreg.errors import ConfigError, InputError, OutputError, TrainingError
 from entreg.training.batches import Positions
 from entreg.training.checkpoints import latest_checkpoint, load_model_weights
@@ -294,8 +295,9 @@ def test_other_impossible_requests(tmp_path):
         train(model, objective, Digits(0), settings, tmp_path / "run", device="cpu")
 
 
-def test_the_bar_is_always_there(tmp_path, capfd):
+def test_the_progress_is_that_of_the_steps(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     fitted(tmp_path / "my-run", {})
-    error = capfd.readouterr().err
-    assert "my-run" in error
-    assert "12/12" in error
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("training my-run: ")]
+    assert "training my-run: 50 % in " in "\n".join(lines)
+    assert "training my-run: 100 % in " in lines[-1]
