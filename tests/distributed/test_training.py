@@ -65,7 +65,7 @@ def test_accelerate_gives_the_losses_of_one_process(tmp_path, alone):
     done = start(tmp_path, launcher=accelerate("multi_gpu"))
     assert done.returncode == 0, done.stderr
     assert_same_training(tmp_path, alone)
-    assert done.stderr.count("6/6") == 1
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
@@ -93,7 +93,9 @@ def test_sharded_processes_go_on_from_the_checkpoint_of_one(tmp_path):
     shutil.rmtree(tmp_path / "sharded" / "checkpoints" / "step-00000006")
     done = start(tmp_path / "sharded", settings=settings, launcher=accelerate("fsdp"))
     assert done.returncode == 0, done.stderr
-    assert "4/6" in done.stderr
+    # The steps up to the checkpoint were not taken again: their rows are those of before, times included.
+    assert rows(tmp_path / "sharded")[:4] == rows(tmp_path / "alone")[:4]
+    assert rows(tmp_path / "sharded")[5]["seconds"] != rows(tmp_path / "alone")[5]["seconds"]
     # What the first process then holds is what the costs say: half of every weight, rounded up to whole rows.
     held = int(re.search(r"weights of this process: (\d+)", done.stdout)[1])
     gathered = sum(one.numel() for name, one in model.named_parameters() if "layers.1." not in name)

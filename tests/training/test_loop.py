@@ -295,9 +295,9 @@ def test_other_impossible_requests(tmp_path):
         train(model, objective, Digits(0), settings, tmp_path / "run", device="cpu")
 
 
-def test_the_training_says_how_far_it_is(tmp_path, capfd, monkeypatch):
+def test_the_progress_is_that_of_the_steps(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     fitted(tmp_path / "my-run", {})
-    lines = capfd.readouterr().err.splitlines()
-    assert lines[0].startswith("training my-run: ")
-    assert "training my-run: 100 %" in lines[-1]
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("training my-run: ")]
+    assert "training my-run: 50 % in " in "\n".join(lines)
+    assert "training my-run: 100 % in " in lines[-1]
