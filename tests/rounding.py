@@ -4,7 +4,8 @@
 and norm that the tests' own process computes moves by up to two units in the last place, the same way for the same
 operation on tensors of the same shape. So what computes the same stays the same to the bit, as on any one processor,
 and what computes the same in another order differs, as between processors. What one unit in the last place decides
-fails.
+fails. Two kinds fail without a reason: what torch traces or compiles as one graph, which does not go together with
+this, and what compares sums of parts that are equal but no whole numbers.
 """
 
 import functools

@@ -36,9 +36,9 @@ def assert_same_training(found, wanted):
     """Two directories of runs: equal rows of the log, weights and states of the optimiser."""
     for one, two in zip(rows(found), rows(wanted), strict=True):
         assert one.keys() == two.keys()
-        # Means are logged in float32: two roundings of the same number differ by no more than its last bit.
-        last_bit = torch.finfo(torch.float32).eps
-        assert all(one[name] == pytest.approx(two[name], rel=2 * last_bit) for name in one if name != "seconds")
+        # Means of the parts of a batch are logged in float32.
+        few_bits = 4 * torch.finfo(torch.float32).eps
+        assert all(one[name] == pytest.approx(two[name], rel=few_bits) for name in one if name != "seconds")
     one, two = (latest_checkpoint(folder / "checkpoints") for folder in (found, wanted))
     assert one.step == two.step == 6
     assert one.model.keys() == two.model.keys()

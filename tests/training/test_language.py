@@ -321,7 +321,7 @@ def test_gradient_checkpointing_changes_nothing_and_is_switched_off_again(tmp_pa
         assert not model.get_input_embeddings()._forward_hooks
         results.append((model.state_dict(), [row[key] for row in result.history for key in ("loss", "gradient_norm")]))
     # Logged in float32.
-    assert results[0][1] == pytest.approx(results[1][1], rel=2 * torch.finfo(torch.float32).eps)
+    assert results[0][1] == pytest.approx(results[1][1], rel=4 * torch.finfo(torch.float32).eps)
     for name, value in results[0][0].items():
         torch.testing.assert_close(results[1][0][name], value, rtol=1e-9, atol=1e-9)
 

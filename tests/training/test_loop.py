@@ -80,10 +80,10 @@ def test_training_is_the_loop_written_out_by_hand(tmp_path, changes):
         optimizer.step()
         row = result.history[step]
         assert row["step"] == step + 1
-        # Logged in float32.
-        last_bit = torch.finfo(torch.float32).eps
-        assert row["loss"] == row["task"] == pytest.approx(loss.item(), rel=last_bit)
-        assert row["gradient_norm"] == pytest.approx(norm, rel=last_bit)
+        # Logged as the mean in float32 of up to four parts of a batch.
+        few_bits = 4 * torch.finfo(torch.float32).eps
+        assert row["loss"] == row["task"] == pytest.approx(loss.item(), rel=few_bits)
+        assert row["gradient_norm"] == pytest.approx(norm, rel=few_bits)
         assert row["learning_rate"] == pytest.approx(learning_rate(step, settings), rel=1e-12)
         decay = min(1 - (1 + step) ** (-2 / 3), settings.get("ema_decay", 0.0))
         with torch.no_grad():
