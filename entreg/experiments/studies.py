@@ -13,7 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 from entreg import distributed
 from entreg.atomic import require_writable
 from entreg.errors import BusyError, ConfigError, ProcessError
-from entreg.experiments.profiles import checked_config
 from entreg.names import require_choice
 from entreg.records.store import RecordStore
 from entreg.runs.directory import RunDirectory, described
@@ -69,6 +68,9 @@ def study_configs(config: DictConfig, overrides: Sequence[str], entry: str = "tr
     Raises:
         ConfigError: the experiment has no methods, or as :func:`entreg.experiments.profiles.checked_config`.
     """
+    # Not above: what only runs runs or finds them done need not wait for the libraries behind all names.
+    from entreg.experiments.profiles import checked_config
+
     plain = checked_config(config, overrides, entry)
     methods, allowed = plain["study"]["methods"], plain["profile"].get("methods")
     names = [name for name in methods if allowed is None or name in allowed] or list(methods)[:1]
