@@ -11,12 +11,18 @@ python3 -m venv "$folder/venv"
 import torch
 from transformers import DbrxConfig, DbrxForCausalLM
 
-for options in ({}, {"attn_config": {"rope_theta": 10000.0}}):
+cases = (
+    ({}, AttributeError, "rope_theta"),
+    ({"attn_config": {"rope_theta": 10000.0}}, RuntimeError, "clamp"),
+)
+for options, kind, word in cases:
     config = DbrxConfig(d_model=32, n_heads=4, n_layers=1, vocab_size=61, ffn_config={"ffn_hidden_size": 16}, **options)
     try:
         DbrxForCausalLM(config)(torch.ones(1, 4, dtype=torch.int64))
-    except (AttributeError, RuntimeError) as error:
+    except kind as error:
         print(f"{options}: {type(error).__name__}: {error}")
+        if word not in str(error):
+            raise SystemExit("changed: the error is another one") from error
     else:
         raise SystemExit(f"changed: DbrxConfig works with {options}")
 PYTHON

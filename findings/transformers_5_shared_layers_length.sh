@@ -28,6 +28,6 @@ for name, cache in (("DynamicCache()", DynamicCache()), ("DynamicCache(config)",
         except ValueError as error:
             seen[name, layer] = f"ValueError: {error}"
         print(f"{name}, layer {layer}: {seen[name, layer]}")
-assert seen["DynamicCache()", 3] == 0, "changed: the length is that of the layer whose keys are read"
-assert "DummyLayer" in str(seen["DynamicCache(config)", 3]), "changed: the length is known"
+if seen["DynamicCache()", 3] != 0 or "DummyLayer" not in str(seen["DynamicCache(config)", 3]):
+    raise SystemExit("changed: layers that share keys give another length")
 PYTHON
