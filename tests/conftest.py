@@ -56,3 +56,11 @@ def pytest_runtestloop(session):
 
     with OtherRounding(seed):
         return (yield)
+
+
+@pytest.fixture(scope="session")
+def reference_records():
+    """The committed records, read once in a process."""
+    from entreg.records import REFERENCE_ROOT, RecordStore
+
+    return [record for record in RecordStore(REFERENCE_ROOT).load_all() if record["scale"] != "smoke"]

@@ -177,8 +177,8 @@ def log(folder, capsys):
     for damaged in [*damages(content), *(line + b"\n" + content for line in lines)]:
         path.write_bytes(damaged)
         rows = MetricsLog(path, 12).rows
-        assert [set(row) >= {"step", "loss"} for row in rows] == [True] * len(rows)
-        assert all(row["step"] <= 12 for row in rows)
+        # A bit that changes a number or the name of one leaves a row that nobody can tell from others.
+        assert all(isinstance(row["step"], int) and row["step"] <= 12 for row in rows)
         # What is left in the file is whole again.
         assert [json.loads(line) for line in path.read_text().splitlines()] == rows
     path.write_bytes(content[: len(content) // 2])

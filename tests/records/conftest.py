@@ -1,15 +1,10 @@
-"""The committed records and the report built from them, once for all tests of the report."""
+"""The report built from the committed records, once for all its tests."""
 
 import pytest
 
-from entreg.records import REFERENCE_ROOT, RecordStore, registry
+from entreg.records import REFERENCE_ROOT, registry
 from entreg.records.build import build_all
 from entreg.records.figures import figure_registry
-
-
-@pytest.fixture(scope="session")
-def reference_records():
-    return [record for record in RecordStore(REFERENCE_ROOT).load_all() if record["scale"] != "smoke"]
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,11 @@ SCRIPT = """
         def label(self):
             return f"number {self.config['number']}"
 
+        inputs = {}
+
+        def require_inputs(self):
+            pass
+
         def make_record(self, command, directory):
             with open("trace.txt", "a") as file:
                 file.write(f"begin {self.config['number']}\\n")

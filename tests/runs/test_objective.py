@@ -53,7 +53,7 @@ def test_the_best_is_the_largest_or_the_smallest():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({**DENSE, "direction": "up"}, "must be maximize or minimize, got 'up'"),
+        ({**DENSE, "direction": "up"}, "objective.direction must be one of maximize, minimize, got 'up'"),
         ({**DENSE, "values": 1}, "an objective has the keys name, value, where, direction"),
         ({"name": "x"}, "an objective has the keys"),
     ],

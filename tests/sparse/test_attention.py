@@ -14,14 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from entreg.errors import InputError
 from entreg.sparse import (
     SparsityPlan,
-    _flash,
-    _flex,
     attention_kernel,
     dense_attention,
     make_plan,
     recorded_kernels,
     sparse_attention,
 )
+from entreg.sparse.backends import flash, flex
 from tests.sparse.attention_oracle import attention_by_loops, counted_elements, random_inputs
 
 
@@ -234,7 +233,7 @@ def test_flex_equals_the_reference(kind, causal, m, biased):
 @pytest.mark.xdist_group("compiling")
 @pytest.mark.slow
 def test_flex_never_falls_back_to_uncompiled_code(monkeypatch):
-    monkeypatch.setattr(_flex, "_MOST_SHAPES", 1)
+    monkeypatch.setattr(flex, "_MOST_SHAPES", 1)
     torch.compiler.reset()
     first, second = (random_inputs(n=n, m=n, width=16, value_width=16, dtype=torch.float32) for n in (20, 21))
     sparse_attention(*first, make_plan(*first[:2], 8), backend="flex")
@@ -290,7 +289,7 @@ def test_flash_is_handed_the_gathered_keys(monkeypatch, flash_twin, kind, n):
     plan = make_plan(q, k, 8, kind=kind, block_size=4)
     with pytest.raises(InputError, match="float16 or bfloat16 on a CUDA device"):
         sparse_attention(q, k, v, plan, backend="flash")
-    monkeypatch.setattr(_flash, "_require_supported", lambda q: None)
+    monkeypatch.setattr(flash, "_require_supported", lambda q: None)
     found = sparse_attention(q, k, v, plan, backend="flash", scale=0.8)
     expected = attention_by_loops(q, k, v, sees(plan), scale=0.8)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
@@ -299,7 +298,7 @@ def test_flash_is_handed_the_gathered_keys(monkeypatch, flash_twin, kind, n):
 
 @pytest.mark.parametrize("arguments", [{"causal": True}, {"kind": "blocks", "block_size": 4}, {}])
 def test_flash_refuses_what_needs_a_mask(monkeypatch, flash_twin, arguments):
-    monkeypatch.setattr(_flash, "_require_supported", lambda q: None)
+    monkeypatch.setattr(flash, "_require_supported", lambda q: None)
     q, k, v = random_inputs()
     # The short last block is the fifth key block of 4, so 8 of 11 keys must include it for a mask to be needed.
     budget = torch.tensor([8, 11]) if arguments.get("kind") == "blocks" else 4

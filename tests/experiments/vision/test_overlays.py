@@ -18,7 +18,7 @@ from entreg.experiments.vision.overlays import overlays
 from entreg.records.record import to_plain
 from entreg.sparse import sparsity_from_mapping
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 OPTIONS = {"img_size": 48, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
 PLAN = {"kind": "tokens", "keep": 14, "before_layer": 1, "score": "mixed", "num_sampled_queries": None}
 DROP = {"drop": {**PLAN, "reduction": "drop"}}

@@ -148,13 +148,13 @@ def run_vision_speed(
         for batch in batches
         if batch <= profile.get("max_batch", batch)
     ]
-    speed_device(device)
     if not configs or min(batches) < 1:
         raise ConfigError("the speed benchmark needs a model, a dtype, a compilation and a batch of at least 1")
     for dtype in dtypes:
         require_choice("dtype", dtype, DTYPES)
     for compilation in compilations:
         require_choice("compilation", compilation, COMPILATIONS)
+    speed_device(device)
     require_writable(store)
     records = RecordStore(store)
     paths = []
