@@ -22,7 +22,6 @@ from transformers.masking_utils import sdpa_mask
 from entreg.adapters.handles import DecoderCapture, DecoderSparsifyHandle, ProbeHandle, Selection
 from entreg.errors import InputError
 from entreg.sparse import MaskForm, PageSummaries, decoder_attention, mask_form
-from entreg.sparse.decoder.decoding import MOST_WRITTEN
 
 
 class _Implementation(str):
@@ -221,7 +220,7 @@ class Attachment:
 
     def see_guesses(self, logits_to_keep: Any, cache: Cache | None) -> None:
         """Remember how many tokens at the end of the next pass are guesses."""
-        counts = isinstance(logits_to_keep, int) and 1 < logits_to_keep <= MOST_WRITTEN + 1
+        counts = isinstance(logits_to_keep, int) and logits_to_keep > 1
         self._announced = logits_to_keep - 1 if counts and cache is not None else 0
 
     def see_cache(self, layer: int, cache: Cache | None) -> None:
@@ -252,10 +251,12 @@ class Attachment:
         leaves_out = sparse is not None and sparse.leaves_out
         writer = self._writer(layer, k)
         plan, out = None, None
+        # Logits of more tokens than there are may be asked for, but nothing is guessed before any token is known.
+        guessed = self._guessed if self._guessed < q.shape[2] else 0
         if watching or leaves_out:
             cache = self._caches.get(layer, lambda: None)()
             keys, values = _filled(cache, writer, k, v)
-            leaves_out = leaves_out and sparse.is_sparse(q.shape[2], keys.shape[2], self._guessed)
+            leaves_out = leaves_out and sparse.is_sparse(q.shape[2], keys.shape[2], guessed)
         if watching or leaves_out:
             _require_known(module, options, leaves_out)
             seen = None if mask is None else self._mask(mask, keys.shape[2])
@@ -272,7 +273,7 @@ class Attachment:
                     scale=scale,
                     mask=None if seen is None else seen.form(len(q)),
                     pages=None if cache is None else _pages(sparse, cache, layer),
-                    num_guessed=self._guessed,
+                    num_guessed=guessed,
                 )
         elif self.stock_implementation != _SDPA:
             _require_served_by_sdpa(module, options, self.stock_implementation)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from entreg.adapters import sparsify
 from entreg.sparse import DecoderSparsity
+from entreg.sparse.decoder.decoding import MOST_WRITTEN
 from tests.adapters.small_decoders import FAMILIES, small_decoder, tokens
 
 SPARSE = {
@@ -101,12 +103,25 @@ def test_speculative_decoding_is_lossless(decode_sparsity):
         assert passes[1:] == [1] * (len(passes) - 1)
         assert (handle.selections[0].plan is None) == (decode_sparsity == 0.0)
         passes.clear()
-        assert torch.equal(model.generate(x, prompt_lookup_num_tokens=10, **options), wanted)
-        assert max(passes[1:]) > 1
-        passes.clear()
+        # More guesses a time, too, than a pass may have otherwise and be decoding.
+        for guesses, least in ((10, 2), (MOST_WRITTEN + 8, MOST_WRITTEN + 1)):
+            assert torch.equal(model.generate(x, prompt_lookup_num_tokens=guesses, **options), wanted)
+            assert max(passes[1:]) >= least
+            passes.clear()
         # Twenty guesses a time, as by default, whatever the assistant thinks of them.
         assistant = small_decoder(num_hidden_layers=1).double()
         assistant.generation_config.assistant_confidence_threshold = 0.0
         assert torch.equal(model.generate(x, assistant_model=assistant, **options), wanted)
         assert max(passes[1:]) == 21
     hook.remove()
+
+
+@torch.no_grad()
+def test_logits_of_more_tokens_than_there_are_may_be_asked_for():
+    model, x = small_decoder().double(), tokens(2, 60)
+    with sparsify(model, DecoderSparsity(**SPARSE)):
+        caches = [DynamicCache(config=model.config) for _ in range(2)]
+        for cache in caches:
+            model(x[:, :40], past_key_values=cache)
+        wanted = model(x[:, 40:], past_key_values=caches[0]).logits
+        assert torch.equal(model(x[:, 40:], past_key_values=caches[1], logits_to_keep=30).logits, wanted)
