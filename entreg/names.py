@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any
 
 from entreg.errors import ConfigError
@@ -18,6 +19,14 @@ def suggestion(name: Any, known: Iterable[Any]) -> str:
     whole = {name.rpartition("/")[2]: name for name in names} | {name: name for name in names}
     close = difflib.get_close_matches(str(name), whole, n=1, cutoff=0.5)
     return f"; did you mean {whole[close[0]]!r}?" if close else ""
+
+
+def listed_files(folder: Path, most: int = 5) -> str:
+    """What a folder holds instead, for the end of a sentence: ``it holds a, b``, or ``it is empty``."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    if not names:
+        return "it is empty"
+    return f"it holds {', '.join(names[:most])}{f' and {len(names) - most:,} more' if len(names) > most else ''}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ _REDRAWN = 0.2
 LINE_EVERY = 30.0
 """Seconds between two lines where there is no bar."""
 
-_FORMAT = "{desc} {percentage:3.0f}% |{bar:24}| {elapsed}, {remaining} left {postfix}"
+_FORMAT = "{desc} {percentage:3.0f}% |{bar:24}| {elapsed}, {remaining} left{postfix}"
 
 
 class Progress:

@@ -51,7 +51,7 @@ def test_a_terminal_shows_share_time_and_what_is_left(screen, clock):
         bar.describe("first")
         clock[0] += 60
         bar.advance()
-        assert re.fullmatch(r"loop  25% \|.*\| 01:00, 03:00 left , first", states(stream)[-1])
+        assert re.fullmatch(r"loop  25% \|.*\| 01:00, 03:00 left, first", states(stream)[-1])
     # One line, left as it was.
     assert stream.getvalue().count("\n") == 1
     assert len({len(state) for state in stream.getvalue().rstrip("\n").split("\r")[1:]}) == 1

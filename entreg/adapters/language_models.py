@@ -22,7 +22,7 @@ from entreg.atomic import folder_atomic
 from entreg.data.assets import ASSETS, asset_path, cache_directory
 from entreg.data.hub import hub_folder, is_hub_name
 from entreg.errors import AssetError, ConfigError, InputError, first_line
-from entreg.names import require_known, suggestion
+from entreg.names import listed_files, require_known, suggestion
 
 PACKAGED_MODELS = ("smollm2",)
 """Models that come as assets (:mod:`entreg.data.assets`): SmolLM2-135M-Instruct."""
@@ -159,19 +159,23 @@ def require_language_model(name: str) -> None:
 
 
 def require_named(name: str) -> None:
-    """Make sure that a name can be that of a model, without looking into it or asking the hub.
+    """Make sure that a name can be that of a model; a folder that is here is looked into, the hub is not asked.
 
     Args:
         name: as for :func:`load_language_model`.
 
     Raises:
         AssetError: it is neither a packaged model nor a file or folder that is there nor like a name of the hub.
+        ConfigError, AssetError: the folder holds no whole causal decoder.
     """
     path = Path(name).expanduser()
     if name.endswith(".gguf"):
         if not path.is_file():
             raise AssetError(f"there is no file {name}; {_NAME_A_MODEL}")
-    elif name not in PACKAGED_MODELS and not path.is_dir() and not is_hub_name(name):
+    elif name not in PACKAGED_MODELS and path.is_dir():
+        _require_causal(path, name)
+        _require_whole_weights(path)
+    elif name not in PACKAGED_MODELS and not is_hub_name(name):
         raise AssetError(f"there is no folder {name} with a language model; {_NAME_A_MODEL}")
 
 
@@ -186,8 +190,7 @@ def _located(name: str) -> tuple[Path, dict[str, str]]:
         folder = _converted(name, _file_sha256(Path(name).expanduser()))
         revision = {"source": name, "sha256": folder.name.partition("-")[0]}
     elif Path(name).expanduser().is_dir():
-        folder = Path(name).expanduser()
-        revision = {"source": name}
+        return Path(name).expanduser(), {"source": name}
     else:
         # The configuration first: what is wrong with it need not wait for gigabytes of weights.
         _require_causal(hub_folder(name, ["config.json"], keys=_KEYS), name)
@@ -299,8 +302,10 @@ def _read_config(folder: Path, name: str) -> Any:
     transformers = _transformers()
     path = folder / "config.json"
     if not path.is_file():
-        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
-        raise AssetError(f"{folder} holds no config.json (but {found}): it is not a model as save_pretrained writes it")
+        raise AssetError(
+            f"{folder} holds no config.json ({listed_files(folder)}): it is no model as save_pretrained writes it; "
+            f"{_NAME_A_MODEL}"
+        )
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         kind = fields["model_type"]

@@ -18,6 +18,7 @@ from entreg.data.image_sources import FileImages, ImageSource, TableImages, say_
 from entreg.data.streaming import grouped_images, require_all_parts
 from entreg.data.webdataset import ShardImages, find_shards, shard_index
 from entreg.errors import AssetError, ConfigError, first_line
+from entreg.names import listed_files
 
 IMAGENET_CLASSES = 1000
 
@@ -71,9 +72,9 @@ def imagenet(
         return ShardImages(shards, places, names=names, labels=labels, num_classes=num_classes, revision=revision)
     tables = sorted(root.glob(f"{word}-*.parquet")) or sorted((root / "data").glob(f"{word}-*.parquet"))
     if not tables:
-        found = ", ".join(sorted(entry.name for entry in root.iterdir())[:5]) or "nothing"
         raise AssetError(
-            f"{root} holds neither {part}/ nor {word}-*.parquet nor *{part}*.tar (but {found}); {_GET_IMAGENET}"
+            f"{root} holds neither {part}/ nor {word}-*.parquet nor *{part}*.tar ({listed_files(root)}); "
+            f"{_GET_IMAGENET}"
         )
     return _table_images(tables, num_classes, subset)
 

@@ -21,7 +21,7 @@ from entreg.data.assets import asset_path, cache_directory
 from entreg.data.hub import hub_folder, is_hub_name
 from entreg.data.mediawiki import plain_text, read_articles
 from entreg.errors import AssetError, ConfigError, InputError
-from entreg.names import require_known
+from entreg.names import listed_files, require_known
 
 SPLITS = ("train", "validation", "test")
 
@@ -227,8 +227,7 @@ def _folder_table(datasets: Any, folder: Path, source: _Source, split: str) -> t
         inner = folder / source.configuration
         files = _split_files(inner if inner.is_dir() else folder, split)
         if not files:
-            found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
-            raise AssetError(f"{folder} holds no {split}-*.parquet (but {found}); {source.advice}")
+            raise AssetError(f"{folder} holds no {split}-*.parquet ({listed_files(folder)}); {source.advice}")
         table = datasets.load_dataset(
             "parquet",
             data_files={"rows": [str(path) for path in files]},

@@ -135,7 +135,7 @@ def cut(path, keep):
 @pytest.mark.parametrize(
     ("damage", "error", "match"),
     [
-        (lambda folder: (folder / "config.json").unlink(), AssetError, r"holds no config.json \(but .*tokenizer"),
+        (lambda folder: (folder / "config.json").unlink(), AssetError, r"holds no config.json \(it holds .*tokenizer"),
         (lambda folder: cut(folder / "config.json", 50), AssetError, "config.json is no configuration"),
         (lambda folder: edit_config(folder, model_type="new"), ConfigError, "architecture 'new', which transformers"),
         (lambda folder: edit_config(folder, model_type="t5"), ConfigError, "not a causal language model"),
@@ -200,7 +200,7 @@ def test_name_that_is_nothing_is_one_sentence(tmp_path):
     for name in (str(tmp_path / "nothing"), "./nothing", "smollm3"):
         with pytest.raises(AssetError, match=r"there is no folder .* with a language model; name one, or smollm2"):
             load_language_model(name)
-    with pytest.raises(AssetError, match=r"holds no config\.json \(but nothing\)"):
+    with pytest.raises(AssetError, match=r"holds no config\.json \(it is empty\)"):
         load_language_model(str(tmp_path))
     with pytest.raises(AssetError, match=r"there is no file .*nothing\.gguf"):
         load_language_model(str(tmp_path / "nothing.gguf"))

@@ -63,7 +63,7 @@ def test_wrong_folders_are_one_sentence_each(folders, tmp_path):
         imagenet(None, "val", num_classes=3, subset=False)
     with pytest.raises(AssetError, match=r"there is no folder .*nowhere with ImageNet; get it from"):
         read(tmp_path / "nowhere")
-    with pytest.raises(AssetError, match=r"holds neither val/ nor .* nor \*val\*\.tar \(but n01440764"):
+    with pytest.raises(AssetError, match=r"holds neither val/ nor .* nor \*val\*\.tar \(it holds n01440764"):
         read(folders / "val")
     with pytest.raises(AssetError, match=r"val holds 3 class folders where data\.num_classes is 4"):
         read(folders, num_classes=4)

@@ -136,11 +136,11 @@ def test_every_wrong_folder_is_one_sentence(tmp_path, cache):
     root = tmp_path / "missing"
     refused("there is no folder .*missing with cnn_dailymail; fetch it with `hf download abisee/cnn_dailymail .*3.0.0")
     root.mkdir()
-    refused(r"holds no test-\*\.parquet \(but nothing\)")
+    refused(r"holds no test-\*\.parquet \(it is empty\)")
     write_news(root, shards=1)
     refused("holds 1 files like test-00000-of-00002.parquet; some are missing")
     write_news(root)
-    refused(r"holds no validation-\*\.parquet \(but 3\.0\.0\)", split="validation")
+    refused(r"holds no validation-\*\.parquet \(it holds 3\.0\.0\)", split="validation")
     root = tmp_path / "columns"
     write_parquet(root / "test.parquet", article=["A"], id=["1"])
     refused("has the columns article, id where highlights is needed")

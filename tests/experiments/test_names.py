@@ -330,10 +330,11 @@ def test_an_experiment_of_another_script_is_refused(overrides, words, monkeypatc
     [
         ("train", ["experiment=vit/imagenet"], ["IMAGENET=", "data.root"]),
         ("train", ["experiment=vit/imagenet", "data.root=''"], ["IMAGENET=", "data.root"]),
-        ("train", ["experiment=vit/imagenet", "data.root=FOLDER"], ["IMAGENET=", "data.root", "but nothing"]),
+        ("train", ["experiment=vit/imagenet", "data.root=FOLDER"], ["IMAGENET=", "data.root", "it is empty"]),
         ("train", ["experiment=cifar/cifar100"], ["CIFAR=", "data.root"]),
         ("train", ["experiment=cifar/cifar100", "data.root=FOLDER"], ["CIFAR=", "data.root"]),
         ("language", ["experiment=llm/other", "model.name=/nope"], ["MODEL=", "model.name", "/nope"]),
+        ("language", ["experiment=llm/other", "model.name=FOLDER"], ["MODEL=", "model.name", "it is empty"]),
         ("language", ["experiment=llm/phi_2", "data.text.root=FOLDER"], ["WIKITEXT=", "data.text.root"]),
         ("language", ["experiment=llm/phi_2", "data.text.root=/nope"], ["WIKITEXT=", "data.text.root", "/nope"]),
         (
