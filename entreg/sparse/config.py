@@ -17,15 +17,7 @@ from typing import Any, TypeAlias
 
 from entreg.errors import ConfigError
 from entreg.names import require_choice, suggestion
-
-SCORES = ("received", "prefix", "mixed", "gate", "magnitude", "random", "part")
-"""How keys and tokens are ranked.
-
-``received``: mean attention that a key receives from the (sampled) queries; ``prefix``: mean of the attention rows of
-the prefix tokens (class token, registers); ``mixed``: half of each; ``gate``: a learned gate; ``magnitude``: L2 norm
-of the value vector or token; ``random``: seeded noise; ``part``: tokens are partitioned by their features and each has
-the mean ``mixed`` score of its part, so that parts stay whole.
-"""
+from entreg.sparse.registries import SCORES
 
 BACKENDS = ("reference", "gather", "flex", "flash", "triton")
 # Of plans that are not causal.
@@ -46,7 +38,7 @@ class ColumnSparsity:
     Attributes:
         sparsity: realised sparsity in [0, 1); None if ``keys`` is given.
         keys: keys per head, prefix tokens included, at least 1; None if ``sparsity`` is given.
-        score: one of :data:`SCORES`.
+        score: a name in :data:`entreg.sparse.registries.SCORES`.
         num_sampled_queries: query rows from which the score is computed, at least 1; None for all.
         layers: indices from 0 of the layers it acts on; None for all.
         share_heads: choose one set of keys for all heads of a layer.
@@ -145,7 +137,7 @@ class TokenSparsity:
         before_layer: index from 0 of the first layer that runs on the reduced tokens; 0 reduces right after the stem.
         reduction: ``drop``; ``merge`` (each patch token joins its nearest kept one, mean weighted by sizes);
             ``partition`` (means of a soft partition weighted by the scores); ``fuse`` (the rest becomes one token).
-        score: one of :data:`SCORES`.
+        score: a name in :data:`entreg.sparse.registries.SCORES`.
         score_source: attention from which the score comes: ``own``, that of the layer ``before_layer`` on all tokens,
             or ``previous``, that of the layer before it, which exists if ``before_layer`` is at least 1.
         num_sampled_queries: query rows from which the score is computed, at least 1; None for all.

@@ -78,7 +78,7 @@ def make_plan(
         parts: blocks: (batch, m) int64 part of each token, instead of such a partition.
         selection_entries: score entries per head that a given ``score`` tensor has cost; they count in the plan's
             sparsity. See :func:`entreg.sparse.scores.score_entries`.
-        generator: source of sampled queries and random scores, see :func:`entreg.sparse.scores.selection_scores`.
+        generator: source of sampled queries, see :func:`entreg.sparse.scores.selection_scores`.
 
     Returns:
         a :class:`~entreg.sparse.plan.SparsityPlan`.

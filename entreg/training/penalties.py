@@ -35,7 +35,7 @@ from entreg.errors import ConfigError, InputError
 from entreg.names import require_choice, require_known
 from entreg.regularizer import EntropyRegularizer, Term
 from entreg.sparse import selection_scores
-from entreg.sparse.config import SCORES
+from entreg.sparse.registries import SCORES
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class PenaltySettings:
     def __post_init__(self) -> None:
         require_known([self.quantity], QUANTITIES, "penalty")
         require_choice("points of a penalty", self.points, ("keys", "tokens"))
-        require_choice("score of a penalty", self.score, [score for score in SCORES if score != "gate"])
+        require_choice("score of a penalty", self.score, [name for name, one in SCORES.items() if not one.learned])
         methods = dict.fromkeys((*ANCHOR_METHODS, *HALFSPACE_METHODS))
         require_choice("initialization of a penalty", self.initialization, methods)
         if self.budget is not None and (self.budget < 1 or self.term.floor is not None):

@@ -1,0 +1,16 @@
+"""What a plan may choose among by name. Each thing registers itself, in the package or outside it.
+
+The modules that fill these registries are loaded with :mod:`entreg.sparse`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from entreg.names import Registry
+
+if TYPE_CHECKING:
+    from entreg.sparse.scores.score import Score
+
+SCORES: Registry[Score] = Registry("selection score")
+"""How keys and tokens are ranked, see :mod:`entreg.sparse.scores`."""
