@@ -34,14 +34,11 @@ from entreg.sparse import (
     TokenSparsity,
     bipartite_merge,
     bucket_by_budget,
-    drop_tokens,
     entropy_budget,
-    fuse_tokens,
-    merge_tokens,
-    partition_tokens,
 )
-from entreg.sparse.registries import SCORES
+from entreg.sparse.registries import REDUCTIONS, SCORES
 from entreg.sparse.scores import ScoreInputs, ScoreSizes, score_of
+from entreg.sparse.tokens.plans import ReductionInputs
 
 _CHANGED = (
     "blocks of the model were replaced, or others put beside them, after sparsify(), and the sparse path does not know "
@@ -328,7 +325,8 @@ class SparseBlocks(nn.Sequential):
         if isinstance(keep, int) and keep >= patches and plan.score != "gate":
             return x, None
         handle = self.handle
-        inputs = self._score_inputs(x, layer, plan, state)
+        inputs, way = self._score_inputs(x, layer, plan, state), REDUCTIONS[plan.reduction]
+        keys = inputs.keys if way.uses_keys else None
         scores = score_of(plan.score, inputs).mean(1)
         if plan.score == "gate":
             gate = scores[:, p:]
@@ -340,33 +338,8 @@ class SparseBlocks(nn.Sequential):
             keep = entropy_budget(scores, plan.entropy_budget, num_prefix=p)
         budgets = keep if isinstance(keep, Tensor) else None
         keep = keep if budgets is not None else min(keep, patches)
-        if plan.reduction == "drop":
-            reduced, reduction = drop_tokens(
-                x, scores, keep, num_prefix=p, sizes=state.sizes, straight_through=plan.straight_through
-            )
-        elif plan.reduction == "merge":
-            reduced, reduction = merge_tokens(
-                x,
-                scores,
-                keep,
-                num_prefix=p,
-                features=inputs.keys.transpose(1, 2).flatten(2),
-                sizes=state.sizes,
-                straight_through=plan.straight_through,
-            )
-        elif plan.reduction == "partition":
-            reduced, reduction = partition_tokens(
-                x,
-                scores,
-                keep,
-                num_prefix=p,
-                features=inputs.keys.mean(1),
-                sharpness=plan.sharpness,
-                anchors=plan.anchors,
-            )
-        else:
-            reduced, reduction = fuse_tokens(x, scores, keep, num_prefix=p)
-        weighted = plan.reduction in ("merge", "partition") and plan.proportional_attention
+        reduced, reduction = way.reduce(ReductionInputs(x, scores, keep, p, state.sizes, keys, plan))
+        weighted = way.weighted and plan.proportional_attention
         self._adopt(reduction, layer, state, biased=weighted)
         return reduced, budgets
 

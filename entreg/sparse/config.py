@@ -17,14 +17,13 @@ from typing import Any, TypeAlias
 
 from entreg.errors import ConfigError
 from entreg.names import require_choice, suggestion
-from entreg.sparse.registries import SCORES
+from entreg.sparse.registries import REDUCTIONS, SCORES
 
 BACKENDS = ("reference", "gather", "flex", "flash", "triton")
 # Of plans that are not causal.
 _VISION_BACKENDS = tuple(name for name in BACKENDS if name != "triton")
 # Tokens per block that the kernels of the backend triton are made for: tensor cores take no smaller tiles.
 KERNEL_SIZES = (16, 32, 64, 128)
-REDUCTIONS = ("drop", "merge", "partition", "fuse")
 ANCHORS = ("top", "residual")
 SELECTIONS = ("validated", "mixture", "pooled", "sampled", "oracle", "window", "topk")
 BUDGETS = ("uniform", "entropy", "mass")
@@ -135,7 +134,8 @@ class TokenSparsity:
         keep: patch tokens that are kept (prefix tokens come on top), at least 0; or
         entropy_budget: how many each image keeps by itself. Exactly one of the three is given.
         before_layer: index from 0 of the first layer that runs on the reduced tokens; 0 reduces right after the stem.
-        reduction: ``drop``; ``merge`` (each patch token joins its nearest kept one, mean weighted by sizes);
+        reduction: a name in :data:`entreg.sparse.registries.REDUCTIONS`: ``drop``;
+            ``merge`` (each patch token joins its nearest kept one, mean weighted by sizes);
             ``partition`` (means of a soft partition weighted by the scores); ``fuse`` (the rest becomes one token).
         score: a name in :data:`entreg.sparse.registries.SCORES`.
         score_source: attention from which the score comes: ``own``, that of the layer ``before_layer`` on all tokens,
@@ -180,7 +180,7 @@ class TokenSparsity:
         _require_choice(self, "anchors", ANCHORS)
         if not _is_number(self.sharpness) or not 0 < self.sharpness < float("inf"):
             raise ConfigError(f"TokenSparsity's sharpness must be a number above 0, got {self.sharpness!r}")
-        if self.entropy_budget is not None and self.reduction in ("partition", "fuse"):
+        if self.entropy_budget is not None and not REDUCTIONS[self.reduction].own_budgets:
             raise ConfigError(f"reduction '{self.reduction}' needs sparsity or keep: all images keep the same number")
         _require_bool(self, "proportional_attention")
         _require_bool(self, "straight_through")

@@ -11,6 +11,10 @@ from entreg.names import Registry
 
 if TYPE_CHECKING:
     from entreg.sparse.scores.score import Score
+    from entreg.sparse.tokens.plans import Reduction
 
 SCORES: Registry[Score] = Registry("selection score")
 """How keys and tokens are ranked, see :mod:`entreg.sparse.scores`."""
+
+REDUCTIONS: Registry[Reduction] = Registry("reduction")
+"""How tokens are made fewer, see :mod:`entreg.sparse.tokens.plans`."""
