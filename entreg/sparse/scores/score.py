@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -81,15 +80,19 @@ class ScoreInputs:
     num_parts: int = 8
     generator: torch.Generator | None = None
     device: torch.device | str = "cpu"
+    _made: list[Tensor] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if callable(self.queries) and self.sizes.causal:
             raise InputError("queries that are projected on demand cannot be causal")
 
-    @cached_property
+    @property
     def keys(self) -> Tensor:
         """(batch, key_heads, m, d)."""
-        return self.make_keys()
+        # Not a cached_property: torch.compile does not follow its lock.
+        if not self._made:
+            self._made.append(self.make_keys())
+        return self._made[0]
 
     def queries_at(self, rows: Tensor) -> Tensor:
         """(batch, heads, rows, d) queries at (rows,) int64 positions."""
