@@ -5,6 +5,7 @@ is enough. :func:`make_plan` chooses them, :func:`sparse_attention` computes not
 :attr:`SparsityPlan.sparsity` counts what was really left out.
 """
 
+from entreg.names import import_modules
 from entreg.sparse.attention import dense_attention, sparse_attention
 from entreg.sparse.budgets import (
     bucket_by_budget,
@@ -84,3 +85,6 @@ __all__ = [
     "token_sparsity",
     "unmerge",
 ]
+
+# Whatever registers a selection there.
+import_modules("entreg.sparse.decoder")

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 from entreg.errors import ConfigError
 from entreg.names import require_choice, suggestion
-from entreg.sparse.registries import REDUCTIONS, SCORES
+from entreg.sparse.registries import REDUCTIONS, SCORES, SELECTIONS
 
 BACKENDS = ("reference", "gather", "flex", "flash", "triton")
 # Of plans that are not causal.
@@ -25,7 +25,6 @@ _VISION_BACKENDS = tuple(name for name in BACKENDS if name != "triton")
 # Tokens per block that the kernels of the backend triton are made for: tensor cores take no smaller tiles.
 KERNEL_SIZES = (16, 32, 64, 128)
 ANCHORS = ("top", "residual")
-SELECTIONS = ("validated", "mixture", "pooled", "sampled", "oracle", "window", "topk")
 BUDGETS = ("uniform", "entropy", "mass")
 SCORE_SOURCES = ("own", "previous")
 
@@ -226,8 +225,9 @@ class DecoderSparsity:
     Attributes:
         sparsity: realised sparsity of reading in [0, 1): of the causal score entries, those of the selection counted
             as computed.
-        selection: how the blocks are chosen. ``pooled``: attention between the means of ``pool_size`` consecutive
-            queries and keys, good for wide attention; ``sampled``: attention of ``num_sampled_queries`` queries per
+        selection: how the blocks are chosen, a name in :data:`entreg.sparse.registries.SELECTIONS`. ``pooled``:
+            attention between the means of ``pool_size`` consecutive queries and keys, good for wide attention;
+            ``sampled``: attention of ``num_sampled_queries`` queries per
             block to all keys, shared with neighbours, good for attention to single keys (copying); ``validated``:
             for every head and stretch of rows the one of the two that predicts the sampled rows better, each of
             these left out in turn; ``mixture``: of both, with the weights that make those samples most likely; best
@@ -309,12 +309,13 @@ class DecoderSparsity:
                 f"most that, got {self.pool_size} and {self.num_sampled_queries}"
             )
         _require_choice(self, "budget", BUDGETS)
-        if self.budget != "uniform" and self.selection in ("window", "topk"):
+        selection = SELECTIONS[self.selection]
+        if self.budget != "uniform" and not selection.estimates_mass:
             raise ConfigError(f"selection '{self.selection}' estimates no attention mass: its budget must be uniform")
         _set_layers(self)
         _require_choice(self, "backend", BACKENDS)
-        if self.backend == "flash" or (self.selection == "topk" and self.backend != "reference"):
-            needed = "the backend reference" if self.selection == "topk" else "one of reference, gather, flex, triton"
+        if self.backend == "flash" or (selection.single_keys and self.backend != "reference"):
+            needed = "the backend reference" if selection.single_keys else "one of reference, gather, flex, triton"
             raise ConfigError(f"DecoderSparsity with selection '{self.selection}' needs {needed}, got '{self.backend}'")
         if self.backend == "triton":
             for name in ("block_size", "page_size"):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from entreg.names import Registry
 
 if TYPE_CHECKING:
+    from entreg.sparse.decoder.selection import BlockSelection
     from entreg.sparse.scores.score import Score
     from entreg.sparse.tokens.plans import Reduction
 
@@ -18,3 +19,6 @@ SCORES: Registry[Score] = Registry("selection score")
 
 REDUCTIONS: Registry[Reduction] = Registry("reduction")
 """How tokens are made fewer, see :mod:`entreg.sparse.tokens.plans`."""
+
+SELECTIONS: Registry[BlockSelection] = Registry("selection")
+"""How a decoder's blocks of keys are chosen, see :mod:`entreg.sparse.decoder.selection`."""
