@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable
+import importlib
+import pkgutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from entreg.errors import ConfigError
+
+T = TypeVar("T")
 
 
 def suggestion(name: Any, known: Iterable[Any]) -> str:
@@ -95,3 +99,52 @@ def require_some(
     if not isinstance(values, list | tuple) or not values:
         raise error(f"{key} must be a list of at least one {what} out of {', '.join(map(str, known))}, got {values!r}")
     require_known(values, known, what, key, error)
+
+
+class Registry(Mapping[str, T]):
+    """Things of one kind by name, in the order in which they were registered; a configuration chooses among them.
+
+    Args:
+        kind: a word for one of them, for the errors' sentences.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._things: dict[str, T] = {}
+
+    def register(self, name: str, thing: T) -> T:
+        """Add a thing under a name, and return it.
+
+        Raises:
+            ConfigError: a name that is not a word, or one that is taken.
+        """
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ConfigError(f"the name of a {self.kind} must be a word of letters, digits and _, got {name!r}")
+        if name in self._things:
+            raise ConfigError(f"there is a {self.kind} {name!r} already; take another name, or remove() that one first")
+        self._things[name] = thing
+        return thing
+
+    def remove(self, name: str) -> None:
+        """Take a name out again; nothing happens if it is not there."""
+        self._things.pop(name, None)
+
+    def __getitem__(self, name: str) -> T:
+        return self._things[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._things)
+
+    def __len__(self) -> int:
+        return len(self._things)
+
+    def __contains__(self, name: object) -> bool:
+        # Of a configuration may come anything, lists included.
+        return isinstance(name, str) and name in self._things
+
+
+def import_modules(package: str) -> None:
+    """Import every module of a package, so that what they register is there."""
+    path = importlib.import_module(package).__path__
+    for module in sorted(pkgutil.iter_modules(path), key=lambda module: module.name):
+        importlib.import_module(f"{package}.{module.name}")

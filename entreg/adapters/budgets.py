@@ -22,6 +22,7 @@ from entreg.sparse import (
     keep_for_sparsity,
     score_entries,
 )
+from entreg.sparse.registries import REDUCTIONS
 
 # A budget that is a whole number of keys or tokens must not lose one to rounding.
 _ROUNDING = 1e-9
@@ -112,7 +113,7 @@ class _Layers:
         """Patch tokens that a further token plan keeps."""
         first, counts = plan.before_layer, self.tokens(self.reductions)
         tokens = counts[first]
-        fewest = 1 if plan.reduction != "drop" or self.num_prefix == 0 else 0
+        fewest = 1 if self.num_prefix == 0 else REDUCTIONS[plan.reduction].fewest
         if plan.entropy_budget is not None:
             return None
         if plan.keep is not None:

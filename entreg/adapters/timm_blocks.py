@@ -12,7 +12,14 @@ from torch.nn import functional as F
 
 from entreg.adapters.handles import Selection, VisionSparsifyHandle
 from entreg.errors import InputError
-from entreg.sparse import BlockSparsity, ColumnSparsity, dense_attention, make_plan, sparse_attention
+from entreg.sparse import (
+    BlockSparsity,
+    ColumnSparsity,
+    dense_attention,
+    make_block_plan,
+    make_column_plan,
+    sparse_attention,
+)
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -83,11 +90,10 @@ class SparseAttention(nn.Module):
         settings, handle = self.settings, self.handle
         budget = handle.budgets[self.layer]
         if isinstance(settings, ColumnSparsity):
-            plan = make_plan(
+            plan = make_column_plan(
                 q.detach(),
                 k.detach(),
                 budget,
-                kind="columns",
                 score=settings.score,
                 num_prefix=self.num_prefix,
                 num_sampled_queries=settings.num_sampled_queries,
@@ -97,11 +103,10 @@ class SparseAttention(nn.Module):
                 generator=self.generator,
             )
         else:
-            plan = make_plan(
+            plan = make_block_plan(
                 q.detach(),
                 k.detach(),
                 budget,
-                kind="blocks",
                 num_prefix=self.num_prefix,
                 scale=self.scale,
                 block_size=settings.block_size,

@@ -34,15 +34,11 @@ from entreg.sparse import (
     TokenSparsity,
     bipartite_merge,
     bucket_by_budget,
-    drop_tokens,
     entropy_budget,
-    fuse_tokens,
-    merge_tokens,
-    partition_tokens,
-    score_entries,
-    selection_scores,
 )
-from entreg.sparse.scores import sampled_positions
+from entreg.sparse.registries import REDUCTIONS, SCORES
+from entreg.sparse.scores import ScoreInputs, ScoreSizes, score_of
+from entreg.sparse.tokens.plans import ReductionInputs
 
 _CHANGED = (
     "blocks of the model were replaced, or others put beside them, after sparsify(), and the sparse path does not know "
@@ -101,7 +97,7 @@ class SparseBlocks(nn.Sequential):
         plans: all single plans, in order of application.
         num_prefix: tokens that always stay.
         handle: told what was chosen.
-        generator: of sampled queries and random scores.
+        generator: of sampled queries.
 
     Attributes:
         checkpointing: whether the blocks are computed again in the backward pass, see :meth:`set_checkpointing`.
@@ -329,46 +325,21 @@ class SparseBlocks(nn.Sequential):
         if isinstance(keep, int) and keep >= patches and plan.score != "gate":
             return x, None
         handle = self.handle
-        keys = self._keys(x, layer, plan, state)
-        scores = self._scores(x, layer, plan, state, keys)
+        inputs, way = self._score_inputs(x, layer, plan, state), REDUCTIONS[plan.reduction]
+        keys = inputs.keys if way.uses_keys else None
+        scores = score_of(plan.score, inputs).mean(1)
         if plan.score == "gate":
             gate = scores[:, p:]
             handle.gates.append(gate)
             x = torch.cat((x[:, :p], x[:, p:] * gate.unsqueeze(-1).to(x.dtype)), 1)
         if handle.counting:
-            entries = score_entries(plan.score, n, n, num_prefix=p, num_sampled_queries=plan.num_sampled_queries)
-            self._count(entries / state.tokens**2)
+            self._count(SCORES[plan.score].entries(inputs.sizes) / state.tokens**2)
         if plan.entropy_budget is not None:
             keep = entropy_budget(scores, plan.entropy_budget, num_prefix=p)
         budgets = keep if isinstance(keep, Tensor) else None
         keep = keep if budgets is not None else min(keep, patches)
-        if plan.reduction == "drop":
-            reduced, reduction = drop_tokens(
-                x, scores, keep, num_prefix=p, sizes=state.sizes, straight_through=plan.straight_through
-            )
-        elif plan.reduction == "merge":
-            reduced, reduction = merge_tokens(
-                x,
-                scores,
-                keep,
-                num_prefix=p,
-                features=keys.transpose(1, 2).flatten(2),
-                sizes=state.sizes,
-                straight_through=plan.straight_through,
-            )
-        elif plan.reduction == "partition":
-            reduced, reduction = partition_tokens(
-                x,
-                scores,
-                keep,
-                num_prefix=p,
-                features=keys.mean(1),
-                sharpness=plan.sharpness,
-                anchors=plan.anchors,
-            )
-        else:
-            reduced, reduction = fuse_tokens(x, scores, keep, num_prefix=p)
-        weighted = plan.reduction in ("merge", "partition") and plan.proportional_attention
+        reduced, reduction = way.reduce(ReductionInputs(x, scores, keep, p, state.sizes, keys, plan))
+        weighted = way.weighted and plan.proportional_attention
         self._adopt(reduction, layer, state, biased=weighted)
         return reduced, budgets
 
@@ -386,56 +357,19 @@ class SparseBlocks(nn.Sequential):
         handle.selections.append(Selection(layer, kept=kept, scores=scores, assignment=reduction.assignment))
         state.positions = kept
 
-    def _keys(self, x: Tensor, layer: int, plan: TokenSparsity, state: _State) -> Tensor | None:
-        """(batch, heads, n, d) keys of the layer that scores and features come from."""
-        if plan.score_source == "previous":
-            return state.keys
-        if plan.score in ("magnitude", "random", "gate") and plan.reduction in ("drop", "fuse"):
-            return None
-        return projected(self[layer], self[layer].norm1(x), 1)
-
-    def _scores(self, x: Tensor, layer: int, plan: TokenSparsity, state: _State, keys: Tensor | None) -> Tensor:
-        """(batch, n) score of every token, mean over the heads."""
-        n, p = x.shape[1], self.num_prefix
-        if plan.score == "gate":
-            gate = torch.sigmoid(self.handle.gate[str(layer)](x[:, p:]).squeeze(-1).float())
-            return torch.cat((gate.new_ones(len(x), p), gate), 1)
-        if plan.score == "magnitude":
-            return torch.linalg.vector_norm(x.float(), dim=-1)
-        if plan.score == "random":
-            draws = torch.rand(len(x), n, generator=self.generator)
-            return draws.to(x.device)
-        scale = self[layer].attn.scale
-        sampled = plan.num_sampled_queries
-        if plan.score_source == "previous" or plan.score == "part":
-            own = plan.score_source == "own"
-            scores = selection_scores(
-                projected(self[layer], self[layer].norm1(x), 0) if own else state.queries,
-                keys,
-                plan.score,
-                num_prefix=p,
-                num_sampled_queries=sampled,
-                scale=scale,
-                features=x,
-                generator=self.generator,
-            )
-            return scores.mean(1)
-        # Queries are projected for the rows that are looked at, and for no others.
-        rows = torch.arange(n) if sampled is None or sampled >= n else sampled_positions(n, sampled, self.generator)
-        if plan.score == "prefix":
-            rows = rows[:0]
-        rows = torch.cat((torch.arange(p), rows)).to(x.device)
-        attended = self[layer].norm1(x[:, rows])
-        queries = projected(self[layer], attended, 0)
-        received = None
-        if plan.score != "prefix":
-            received = selection_scores(queries[:, :, p:], keys, "received", num_sampled_queries=None, scale=scale)
-        if plan.score == "received" or p == 0:
-            return received.mean(1)
-        prefix = selection_scores(queries[:, :, :p], keys, "prefix", num_prefix=p, scale=scale)
-        if plan.score == "prefix":
-            return prefix.mean(1)
-        return 0.5 * (received + prefix).mean(1)
+    def _score_inputs(self, x: Tensor, layer: int, plan: TokenSparsity, state: _State) -> ScoreInputs:
+        """What the score of a plan may look at: queries and keys of the layer before, or of this one on demand."""
+        block, previous = self[layer], plan.score_source == "previous"
+        return ScoreInputs(
+            ScoreSizes(x.shape[1], x.shape[1], self.num_prefix, plan.num_sampled_queries),
+            queries=state.queries if previous else lambda rows: projected(block, block.norm1(x[:, rows]), 0),
+            make_keys=lambda: state.keys if previous else projected(block, block.norm1(x), 1),
+            scale=block.attn.scale,
+            features=x,
+            gate=self.handle.gate[str(layer)] if plan.score == "gate" else None,
+            generator=self.generator,
+            device=x.device,
+        )
 
     def _count(self, entries: float) -> None:
         """Adds computed score entries, in units of one dense layer."""
@@ -464,7 +398,7 @@ def attach(handle: VisionSparsifyHandle, plans: Sequence[Plan], generator: torch
     Args:
         handle: of the model; it learns what changed.
         plans: single plans that fit the model.
-        generator: of sampled queries and random scores.
+        generator: of sampled queries.
     """
     model = handle.model
     prefix, blocks = model.num_prefix_tokens, model.blocks
@@ -513,8 +447,8 @@ def require_fit(model: nn.Module, plans: Sequence[Plan]) -> None:
                 )
             if plan.entropy_budget is not None and model.global_pool not in ("token", ""):
                 raise ConfigError("budgets per image need a model that answers with its class token, not an average")
-            if plan.score == "prefix" and model.num_prefix_tokens == 0:
-                raise ConfigError("the score 'prefix' needs a class token; use 'received'")
+            if SCORES[plan.score].needs_prefix and model.num_prefix_tokens == 0:
+                raise ConfigError(f"the score '{plan.score}' needs a class token; use 'received'")
         elif isinstance(plan, TokenMerging):
             if isinstance(plan.r, tuple) and len(plan.r) != depth:
                 raise ConfigError(f"r must be one number or one for each of {depth} layers, got {len(plan.r)}")

@@ -54,7 +54,7 @@ def sparsify(
             configuration. 0 leaves the stock logits.
         record: keep what was chosen in ``handle.selections``.
         gate: of an earlier handle, for plans with the score ``gate``; made anew without it.
-        generator: CPU generator of sampled queries and random scores; without one, queries are always the same.
+        generator: CPU generator of sampled queries; without one, queries are always the same.
 
     Returns:
         The handle that lists what changed and undoes it.

@@ -5,6 +5,7 @@ is enough. :func:`make_plan` chooses them, :func:`sparse_attention` computes not
 :attr:`SparsityPlan.sparsity` counts what was really left out.
 """
 
+from entreg.names import import_modules
 from entreg.sparse.attention import dense_attention, sparse_attention
 from entreg.sparse.budgets import (
     bucket_by_budget,
@@ -29,7 +30,7 @@ from entreg.sparse.decoder.decoding import PageSummaries, decoder_attention, dec
 from entreg.sparse.decoder.masks import MaskForm, Segment, mask_form
 from entreg.sparse.kernels import attention_kernel, recorded_kernels
 from entreg.sparse.plan import SegmentedPlan, SparsityPlan
-from entreg.sparse.planning import make_plan
+from entreg.sparse.planning import make_block_plan, make_column_plan, make_plan
 from entreg.sparse.scores import score_entries, selection_scores
 from entreg.sparse.tokens.reduction import (
     TokenReduction,
@@ -69,6 +70,8 @@ __all__ = [
     "fuse_tokens",
     "is_decoding",
     "keep_for_sparsity",
+    "make_block_plan",
+    "make_column_plan",
     "make_plan",
     "mask_form",
     "merge_tokens",
@@ -82,3 +85,6 @@ __all__ = [
     "token_sparsity",
     "unmerge",
 ]
+
+# Whatever registers a selection there.
+import_modules("entreg.sparse.decoder")

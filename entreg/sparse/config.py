@@ -17,24 +17,14 @@ from typing import Any, TypeAlias
 
 from entreg.errors import ConfigError
 from entreg.names import require_choice, suggestion
-
-SCORES = ("received", "prefix", "mixed", "gate", "magnitude", "random", "part")
-"""How keys and tokens are ranked.
-
-``received``: mean attention that a key receives from the (sampled) queries; ``prefix``: mean of the attention rows of
-the prefix tokens (class token, registers); ``mixed``: half of each; ``gate``: a learned gate; ``magnitude``: L2 norm
-of the value vector or token; ``random``: seeded noise; ``part``: tokens are partitioned by their features and each has
-the mean ``mixed`` score of its part, so that parts stay whole.
-"""
+from entreg.sparse.registries import REDUCTIONS, SCORES, SELECTIONS
 
 BACKENDS = ("reference", "gather", "flex", "flash", "triton")
 # Of plans that are not causal.
 _VISION_BACKENDS = tuple(name for name in BACKENDS if name != "triton")
 # Tokens per block that the kernels of the backend triton are made for: tensor cores take no smaller tiles.
 KERNEL_SIZES = (16, 32, 64, 128)
-REDUCTIONS = ("drop", "merge", "partition", "fuse")
 ANCHORS = ("top", "residual")
-SELECTIONS = ("validated", "mixture", "pooled", "sampled", "oracle", "window", "topk")
 BUDGETS = ("uniform", "entropy", "mass")
 SCORE_SOURCES = ("own", "previous")
 
@@ -46,7 +36,7 @@ class ColumnSparsity:
     Attributes:
         sparsity: realised sparsity in [0, 1); None if ``keys`` is given.
         keys: keys per head, prefix tokens included, at least 1; None if ``sparsity`` is given.
-        score: one of :data:`SCORES`.
+        score: a name in :data:`entreg.sparse.registries.SCORES`.
         num_sampled_queries: query rows from which the score is computed, at least 1; None for all.
         layers: indices from 0 of the layers it acts on; None for all.
         share_heads: choose one set of keys for all heads of a layer.
@@ -143,9 +133,10 @@ class TokenSparsity:
         keep: patch tokens that are kept (prefix tokens come on top), at least 0; or
         entropy_budget: how many each image keeps by itself. Exactly one of the three is given.
         before_layer: index from 0 of the first layer that runs on the reduced tokens; 0 reduces right after the stem.
-        reduction: ``drop``; ``merge`` (each patch token joins its nearest kept one, mean weighted by sizes);
+        reduction: a name in :data:`entreg.sparse.registries.REDUCTIONS`: ``drop``;
+            ``merge`` (each patch token joins its nearest kept one, mean weighted by sizes);
             ``partition`` (means of a soft partition weighted by the scores); ``fuse`` (the rest becomes one token).
-        score: one of :data:`SCORES`.
+        score: a name in :data:`entreg.sparse.registries.SCORES`.
         score_source: attention from which the score comes: ``own``, that of the layer ``before_layer`` on all tokens,
             or ``previous``, that of the layer before it, which exists if ``before_layer`` is at least 1.
         num_sampled_queries: query rows from which the score is computed, at least 1; None for all.
@@ -188,7 +179,7 @@ class TokenSparsity:
         _require_choice(self, "anchors", ANCHORS)
         if not _is_number(self.sharpness) or not 0 < self.sharpness < float("inf"):
             raise ConfigError(f"TokenSparsity's sharpness must be a number above 0, got {self.sharpness!r}")
-        if self.entropy_budget is not None and self.reduction in ("partition", "fuse"):
+        if self.entropy_budget is not None and not REDUCTIONS[self.reduction].own_budgets:
             raise ConfigError(f"reduction '{self.reduction}' needs sparsity or keep: all images keep the same number")
         _require_bool(self, "proportional_attention")
         _require_bool(self, "straight_through")
@@ -234,8 +225,9 @@ class DecoderSparsity:
     Attributes:
         sparsity: realised sparsity of reading in [0, 1): of the causal score entries, those of the selection counted
             as computed.
-        selection: how the blocks are chosen. ``pooled``: attention between the means of ``pool_size`` consecutive
-            queries and keys, good for wide attention; ``sampled``: attention of ``num_sampled_queries`` queries per
+        selection: how the blocks are chosen, a name in :data:`entreg.sparse.registries.SELECTIONS`. ``pooled``:
+            attention between the means of ``pool_size`` consecutive queries and keys, good for wide attention;
+            ``sampled``: attention of ``num_sampled_queries`` queries per
             block to all keys, shared with neighbours, good for attention to single keys (copying); ``validated``:
             for every head and stretch of rows the one of the two that predicts the sampled rows better, each of
             these left out in turn; ``mixture``: of both, with the weights that make those samples most likely; best
@@ -317,12 +309,13 @@ class DecoderSparsity:
                 f"most that, got {self.pool_size} and {self.num_sampled_queries}"
             )
         _require_choice(self, "budget", BUDGETS)
-        if self.budget != "uniform" and self.selection in ("window", "topk"):
+        selection = SELECTIONS[self.selection]
+        if self.budget != "uniform" and not selection.estimates_mass:
             raise ConfigError(f"selection '{self.selection}' estimates no attention mass: its budget must be uniform")
         _set_layers(self)
         _require_choice(self, "backend", BACKENDS)
-        if self.backend == "flash" or (self.selection == "topk" and self.backend != "reference"):
-            needed = "the backend reference" if self.selection == "topk" else "one of reference, gather, flex, triton"
+        if self.backend == "flash" or (selection.single_keys and self.backend != "reference"):
+            needed = "the backend reference" if selection.single_keys else "one of reference, gather, flex, triton"
             raise ConfigError(f"DecoderSparsity with selection '{self.selection}' needs {needed}, got '{self.backend}'")
         if self.backend == "triton":
             for name in ("block_size", "page_size"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Sequence
 from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from entreg.entropy.attention import check_attention_inputs
 from entreg.errors import InputError
+from entreg.names import require_choice, require_known
 from entreg.sparse.ball_partition import token_parts
 from entreg.sparse.block_scores import highest_blocks, pooled_block_scores, visible_blocks
 from entreg.sparse.counting import block_entries, dense_entries, num_blocks, query_offset
@@ -25,12 +27,34 @@ _ROUNDING = 1e-9
 
 
 def make_plan(
+    q: Tensor, k: Tensor, budget: int | float | Tensor, *, kind: str = "columns", **options: Any
+) -> SparsityPlan:
+    """Choose which score entries to compute, by the function for that kind of plan.
+
+    Args:
+        q: (batch, heads, n, d), floating point.
+        k: (batch, key_heads, m, d); heads is a multiple of key_heads.
+        budget: what a query may attend to, see the functions.
+        kind: ``"columns"``, :func:`make_column_plan`, or ``"blocks"``, :func:`make_block_plan`.
+        options: further arguments of that function.
+
+    Returns:
+        a :class:`~entreg.sparse.plan.SparsityPlan`.
+
+    Raises:
+        InputError: no such kind, an argument that plans of this kind do not take, or what the function refuses.
+    """
+    require_choice("kind", kind, KINDS, InputError)
+    require_known(options, _OPTIONS[kind], "argument", f"make_plan for plans of kind '{kind}'", InputError)
+    return _MAKERS[kind](q, k, budget, **options)
+
+
+def make_column_plan(
     q: Tensor,
     k: Tensor,
     budget: int | float | Tensor,
     *,
-    kind: str = "columns",
-    score: str | Tensor | None = None,
+    score: str | Tensor = "mixed",
     num_prefix: int = 0,
     num_sampled_queries: int | None = 16,
     scale: float | None = None,
@@ -38,32 +62,24 @@ def make_plan(
     features: Tensor | None = None,
     causal: bool = False,
     share_heads: bool = False,
-    block_size: int = 16,
-    num_parts: int | None = None,
-    parts: Tensor | None = None,
     selection_entries: int = 0,
     generator: torch.Generator | None = None,
 ) -> SparsityPlan:
-    """Choose which score entries to compute.
+    """Choose keys for all queries of a head: those of highest score, the prefix always among them.
 
-    The choice has no gradient. Columns: the keys of highest score, the prefix always among them. Blocks: for each
-    query block the key blocks of highest score, those with prefix tokens always among them. So that no query is left
-    without keys, causal columns always keep the first key, and causal blocks each query block's own and, where the
-    budget allows two, the first. A plan that keeps everything computes no scores.
+    The choice has no gradient. So that no query is left without keys, causal columns always keep the first key. A plan
+    that keeps everything computes no scores.
 
     Args:
         q: (batch, heads, n, d), floating point.
         k: (batch, key_heads, m, d); heads is a multiple of key_heads.
-        budget: what a query may attend to. An int: keys, the prefix included (blocks: rounded down to whole blocks);
-            m or more keeps everything. A float in (0, 1]: density of the whole path, the entries computed for the
-            selection included, rounded down; 1.0 keeps everything. (For causal columns, whose cost depends on where
-            they lie, the density that columns spread evenly would have.) An int64 tensor (batch,) or
-            (batch, key_heads or 1): keys for each image or head; smaller ones are padded.
-        kind: ``"columns"`` or ``"blocks"``.
-        score: columns: a name (default ``"mixed"``), see :func:`entreg.sparse.scores.selection_scores`, or a tensor
-            (batch, heads or key_heads or 1, m). Blocks: ``"pooled"`` (default: attention between the mean query and
-            the mean key of two blocks) or a tensor (batch, heads or key_heads or 1, query_blocks, key_blocks).
-            Scores are averaged over the query heads that share a choice, so equal sums per head are meant.
+        budget: what a query may attend to. An int: keys, the prefix included; m or more keeps everything. A float in
+            (0, 1]: density of the whole path, the entries computed for the selection included, rounded down; 1.0 keeps
+            everything. (Under a causal mask, where the cost depends on where columns lie, the density that columns
+            spread evenly would have.) An int64 tensor (batch,) or (batch, key_heads or 1): keys for each image or
+            head; smaller ones are padded.
+        score: a name, see :func:`entreg.sparse.scores.selection_scores`, or a tensor (batch, heads or key_heads or 1,
+            m). Scores are averaged over the query heads that share a choice, so equal sums per head are meant.
         num_prefix: leading class and register tokens, 0 to m; always kept.
         num_sampled_queries: query rows from which the score is estimated; None for all.
         scale: factor of the logits; default 1/sqrt(d).
@@ -71,14 +87,9 @@ def make_plan(
         features: (batch, m, c) tokens, for the scores ``"magnitude"`` and ``"part"``.
         causal: query i sees the keys 0 ... i + m - n only; needs m >= n.
         share_heads: one choice for all heads instead of one per key head.
-        block_size: blocks: tokens per block, at least 1.
-        num_parts: blocks: number of parts of a k-means partition of the keys by which the tokens are sorted first, so
-            that a block holds tokens that are alike; 1 keeps their order. Default 8, or 1 where tokens cannot be
-            permuted: under a causal mask, or with other queries than keys.
-        parts: blocks: (batch, m) int64 part of each token, instead of such a partition.
         selection_entries: score entries per head that a given ``score`` tensor has cost; they count in the plan's
             sparsity. See :func:`entreg.sparse.scores.score_entries`.
-        generator: source of sampled queries and random scores, see :func:`entreg.sparse.scores.selection_scores`.
+        generator: source of sampled queries, see :func:`entreg.sparse.scores.selection_scores`.
 
     Returns:
         a :class:`~entreg.sparse.plan.SparsityPlan`.
@@ -87,20 +98,7 @@ def make_plan(
         InputError: arguments that do not fit the above, or a budget too small for what is always kept; the sentence
             then says the smallest possible one.
     """
-    check_attention_inputs(q, k, causal)
-    if not 0 <= num_prefix <= k.shape[2]:
-        raise InputError(f"num_prefix must be between 0 and the number of keys, {k.shape[2]}, got {num_prefix}")
-    shape = {"num_queries": q.shape[2], "num_keys": k.shape[2], "num_heads": q.shape[1], "causal": causal}
-    if kind == "blocks":
-        if score is not None and score != "pooled" and not isinstance(score, Tensor):
-            raise InputError(f"blocks are chosen by the score 'pooled' or by a tensor, got {score!r}")
-        given = score if isinstance(score, Tensor) else None
-        return _block_plan(
-            q, k, budget, given, num_prefix, scale, share_heads, block_size, num_parts, parts, selection_entries, shape
-        )
-    if kind != "columns":
-        raise InputError(f"kind must be one of {KINDS}, got {kind!r}")
-    score = "mixed" if score is None else score
+    shape = _checked_shape(q, k, num_prefix, causal)
     if isinstance(score, str):
         of_score = {"num_prefix": num_prefix, "num_sampled_queries": num_sampled_queries, "causal": causal}
         selection_entries = score_entries(score, q.shape[2], k.shape[2], **of_score)
@@ -118,25 +116,60 @@ def make_plan(
     return SparsityPlan("columns", keys=keys, key_valid=valid, selection_entries=selection_entries, **shape)
 
 
-def _block_plan(
+def make_block_plan(
     q: Tensor,
     k: Tensor,
     budget: int | float | Tensor,
-    score: Tensor | None,
-    num_prefix: int,
-    scale: float | None,
-    share_heads: bool,
-    block_size: int,
-    num_parts: int | None,
-    parts: Tensor | None,
-    selection_entries: int,
-    shape: Mapping[str, Any],
+    *,
+    score: str | Tensor = "pooled",
+    num_prefix: int = 0,
+    scale: float | None = None,
+    causal: bool = False,
+    share_heads: bool = False,
+    block_size: int = 16,
+    num_parts: int | None = None,
+    parts: Tensor | None = None,
+    selection_entries: int = 0,
 ) -> SparsityPlan:
+    """Choose for each query block the key blocks of highest score, those with prefix tokens always among them.
+
+    The choice has no gradient. So that no query is left without keys, causal plans always keep each query block's own
+    and, where the budget allows two, the first. A plan that keeps everything computes no scores.
+
+    Args:
+        q: (batch, heads, n, d), floating point.
+        k: (batch, key_heads, m, d); heads is a multiple of key_heads.
+        budget: as in :func:`make_column_plan`, rounded down to whole blocks.
+        score: ``"pooled"``, attention between the mean query and the mean key of two blocks, or a tensor (batch, heads
+            or key_heads or 1, query_blocks, key_blocks). Scores are averaged over the query heads that share a choice,
+            so equal sums per head are meant.
+        num_prefix: leading class and register tokens, 0 to m; always kept.
+        scale: factor of the logits; default 1/sqrt(d).
+        causal: query i sees the keys 0 ... i + m - n only; needs m >= n.
+        share_heads: one choice for all heads instead of one per key head.
+        block_size: tokens per block, at least 1.
+        num_parts: number of parts of a k-means partition of the keys by which the tokens are sorted first, so that a
+            block holds tokens that are alike; 1 keeps their order. Default 8, or 1 where tokens cannot be permuted:
+            under a causal mask, or with other queries than keys.
+        parts: (batch, m) int64 part of each token, instead of such a partition.
+        selection_entries: score entries per head that a given ``score`` tensor has cost; they count in the plan's
+            sparsity.
+
+    Returns:
+        a :class:`~entreg.sparse.plan.SparsityPlan`.
+
+    Raises:
+        InputError: as :func:`make_column_plan`.
+    """
+    shape = _checked_shape(q, k, num_prefix, causal)
+    given = isinstance(score, Tensor)
+    if not given and score != "pooled":
+        raise InputError(f"blocks are chosen by the score 'pooled' or by a tensor, got {score!r}")
     if block_size < 1:
         raise InputError(f"block_size must be at least 1, got {block_size}")
-    n, m, causal = q.shape[2], k.shape[2], shape["causal"]
+    n, m = q.shape[2], k.shape[2]
     grid = (num_blocks(n + query_offset(n, m, block_size, causal), block_size), num_blocks(m, block_size))
-    if score is None:
+    if not given:
         selection_entries = grid[0] * grid[1]
     visible = visible_blocks(n, m, block_size, k.device) if causal else None
     always = num_blocks(max(num_prefix, 1) if causal else num_prefix, block_size)
@@ -145,7 +178,7 @@ def _block_plan(
     if isinstance(count, int) and count == grid[1]:
         mask = torch.ones(grid, dtype=torch.bool, device=k.device) if visible is None else visible
         return SparsityPlan("blocks", block_mask=mask.expand(len(k), 1, -1, -1), block_size=block_size, **shape)
-    if score is None:
+    if not given:
         with torch.no_grad():
             score = pooled_block_scores(q, k, block_size, scale=scale, causal=causal, permutation=permutation)
     shared = _shared_scores(score, q, k, share_heads, grid)
@@ -157,6 +190,18 @@ def _block_plan(
         selection_entries=selection_entries,
         **shape,
     )
+
+
+_MAKERS = {"columns": make_column_plan, "blocks": make_block_plan}
+_OPTIONS = {kind: list(inspect.signature(make).parameters)[3:] for kind, make in _MAKERS.items()}
+
+
+def _checked_shape(q: Tensor, k: Tensor, num_prefix: int, causal: bool) -> dict[str, Any]:
+    """What a plan says of the attention that it is for."""
+    check_attention_inputs(q, k, causal)
+    if not 0 <= num_prefix <= k.shape[2]:
+        raise InputError(f"num_prefix must be between 0 and the number of keys, {k.shape[2]}, got {num_prefix}")
+    return {"num_queries": q.shape[2], "num_keys": k.shape[2], "num_heads": q.shape[1], "causal": causal}
 
 
 def _shared_scores(score: Tensor, q: Tensor, k: Tensor, share_heads: bool, sizes: tuple[int, ...]) -> Tensor:

@@ -11,9 +11,8 @@ with ``normalize`` every row counts alike, however many keys it sees.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,20 +21,13 @@ from torch import Tensor, nn
 
 from entreg import distributed
 from entreg.adapters import probe
-from entreg.entropy import (
-    BallEntropy,
-    HalfspaceEntropy,
-    attention_block_entropy,
-    attention_key_entropy,
-    attention_row_entropy,
-)
 from entreg.entropy.anchors import ANCHOR_METHODS, HALFSPACE_METHODS
-from entreg.entropy.soft_partition import entropy_of_masses
 from entreg.errors import ConfigError, InputError
 from entreg.names import require_choice, require_known
 from entreg.regularizer import EntropyRegularizer, Term
-from entreg.sparse import selection_scores
-from entreg.sparse.config import SCORES
+from entreg.sparse.registries import SCORES
+from entreg.training.quantities import QUANTITIES
+from entreg.training.quantities.partition import points_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +35,7 @@ class PenaltySettings:
     """One penalty of a training run.
 
     Attributes:
-        quantity: a key of :data:`QUANTITIES`.
+        quantity: a name in :data:`entreg.training.quantities.QUANTITIES`.
         term: weight, schedule and hinge, see :class:`entreg.regularizer.Term`.
         layers: indices of the blocks it acts on; None for all.
         budget: number of keys, tokens or (``block_entropy``) key blocks that the hinge leaves free: the floor is
@@ -81,13 +73,14 @@ class PenaltySettings:
     def __post_init__(self) -> None:
         require_known([self.quantity], QUANTITIES, "penalty")
         require_choice("points of a penalty", self.points, ("keys", "tokens"))
-        require_choice("score of a penalty", self.score, [score for score in SCORES if score != "gate"])
+        require_choice("score of a penalty", self.score, [name for name, one in SCORES.items() if not one.learned])
         methods = dict.fromkeys((*ANCHOR_METHODS, *HALFSPACE_METHODS))
         require_choice("initialization of a penalty", self.initialization, methods)
         if self.budget is not None and (self.budget < 1 or self.term.floor is not None):
             raise ConfigError("a penalty's budget must be at least 1, and its term must have no floor of its own")
-        if self.normalize and self.quantity not in _OF_ATTENTION:
-            raise ConfigError(f"normalize is for {', '.join(_OF_ATTENTION)}, not for the penalty '{self.quantity}'")
+        if self.normalize and not QUANTITIES[self.quantity].normalizes:
+            able = ", ".join(name for name, one in QUANTITIES.items() if one.normalizes)
+            raise ConfigError(f"normalize is for {able}, not for the penalty '{self.quantity}'")
         if self.normalize and self.budget is not None:
             raise ConfigError(
                 "a penalty with normalize has no budget: give its floor, the fraction of the largest entropy that is "
@@ -118,114 +111,6 @@ def penalty_from_mapping(values: Mapping[str, Any]) -> PenaltySettings:
         raise ConfigError(f"penalty {values.get('quantity')}: {error}") from error
 
 
-def _attention_entropy(settings: PenaltySettings, capture: Any, module: nn.Module | None) -> Tensor:
-    """An entropy of the attention per head: (batch, heads)."""
-    return _OF_ATTENTION[settings.quantity](
-        capture.queries,
-        capture.keys,
-        causal=capture.causal,
-        scale=capture.scale,
-        key_mask=capture.key_mask,
-        query_mask=capture.query_mask,
-        num_sampled_queries=settings.num_sampled_queries,
-        normalize=settings.normalize,
-        **({"block_size": settings.block_size} if settings.quantity == "block_entropy" else {}),
-    )
-
-
-def _selection_entropy(settings: PenaltySettings, capture: Any, module: nn.Module | None) -> Tensor:
-    """Entropy of the score that token selection goes by, over the patches and shared by the heads: (batch,)."""
-    scores = selection_scores(
-        capture.queries,
-        capture.keys,
-        settings.score,
-        num_prefix=capture.num_prefix,
-        num_sampled_queries=settings.num_sampled_queries,
-        scale=capture.scale,
-        values=capture.values,
-    )
-    patches = scores.mean(1)[:, capture.num_prefix :]
-    return entropy_of_masses(patches / patches.sum(-1, keepdim=True))
-
-
-def _partition_entropy(settings: PenaltySettings, capture: Any, module: nn.Module | None) -> Tensor:
-    return module(_points(settings, capture))
-
-
-def _rate_distortion(settings: PenaltySettings, capture: Any, module: nn.Module | None) -> Tensor:
-    """Entropy of the partition plus what it costs to replace every point by its anchor.
-
-    The distortion is the mean squared distance to the anchor, relative to the total variance of the points, so that
-    putting all points into one part (which makes the entropy alone zero) costs about 1. Anchors move with it.
-    """
-    points = _points(settings, capture)
-    squared = torch.cdist(points, module.anchors.expand(len(points), -1, -1)).square()
-    variance = points.var(dim=1, correction=0).sum(-1).clamp_min(torch.finfo(points.dtype).tiny)
-    weights = torch.softmax(-settings.sharpness * squared / variance[:, None, None], dim=-1)
-    distortion = (weights * squared).sum(-1).mean(-1) / variance
-    return entropy_of_masses(weights.mean(1)) + settings.distortion * distortion
-
-
-def _l1_logits(settings: PenaltySettings, capture: Any, module: nn.Module | None) -> Tensor:
-    """Mean absolute attention logit per head over what may be seen: (batch, heads).
-
-    Rows are a fixed, evenly spaced sample.
-    """
-    (batch, heads, n, width), m = capture.queries.shape, capture.keys.shape[2]
-    rows = n if settings.num_sampled_queries is None else min(n, settings.num_sampled_queries)
-    indices = torch.linspace(0, n - 1, rows, device=capture.queries.device).round().long()
-    # Query heads that share a key head are more rows of one product.
-    grouped = capture.queries[:, :, indices].reshape(batch, capture.keys.shape[1], -1, width)
-    logits = (grouped @ capture.keys.transpose(-1, -2)).view(batch, heads, rows, m)
-    sizes = (capture.scale * logits).abs().float()
-    seen = _seen(capture, indices)
-    return sizes.mean((-1, -2)) if seen is None else (sizes * seen).sum((-1, -2)) / seen.sum((-1, -2)).clamp_min(1)
-
-
-def _seen(capture: Any, indices: Tensor) -> Tensor | None:
-    """(batch or 1, 1, rows, m) bool: which keys these query rows may see, of rows that count; None if all are."""
-    n, m = capture.queries.shape[2], capture.keys.shape[2]
-    masks = []
-    if capture.causal:
-        masks.append((torch.arange(m, device=indices.device) <= indices[:, None] + (m - n))[None, None])
-    if capture.key_mask is not None:
-        masks.append(capture.key_mask[:, None, None])
-    if capture.query_mask is not None:
-        masks.append(capture.query_mask[:, None, indices, None])
-    return functools.reduce(torch.logical_and, masks).expand(-1, -1, len(indices), m) if masks else None
-
-
-def _points(settings: PenaltySettings, capture: Any) -> Tensor:
-    if settings.points == "tokens":
-        return capture.tokens.float()
-    if capture.key_mask is not None:
-        raise ConfigError(f"the penalty {settings.quantity} needs batches without padding, got a mask of the keys")
-    return capture.keys.transpose(1, 2).flatten(2).float()
-
-
-QUANTITIES: dict[str, Callable[[PenaltySettings, Any, nn.Module | None], Tensor] | None] = {
-    "row_entropy": _attention_entropy,
-    "block_entropy": _attention_entropy,
-    "key_entropy": _attention_entropy,
-    "selection_entropy": _selection_entropy,
-    "ball": _partition_entropy,
-    "halfspace": _partition_entropy,
-    "rate_distortion": _rate_distortion,
-    "l1_logits": _l1_logits,
-    # Read from the gate of the sparse path, not from a capture.
-    "l1_gate": None,
-}
-"""Penalties by name; each function maps settings, one layer's capture and its anchors to a tensor."""
-
-_OF_ATTENTION = {
-    "row_entropy": attention_row_entropy,
-    "block_entropy": attention_block_entropy,
-    "key_entropy": attention_key_entropy,
-}
-
-_WITH_ANCHORS = ("ball", "halfspace", "rate_distortion")
-
-
 class Penalties(nn.Module):
     """The penalties of a run and the regulariser that weighs them.
 
@@ -249,12 +134,12 @@ class Penalties(nn.Module):
     @property
     def need_captures(self) -> bool:
         """Whether a probe must be attached."""
-        return any(one.quantity != "l1_gate" for one in self.settings.values())
+        return any(not QUANTITIES[one.quantity].of_gate for one in self.settings.values())
 
     @property
     def needs_gate(self) -> bool:
         """Whether the sparse path must have a gate."""
-        return any(one.quantity == "l1_gate" for one in self.settings.values())
+        return any(QUANTITIES[one.quantity].of_gate for one in self.settings.values())
 
     def require_decoder(self) -> None:
         """Refuse penalties that a causal decoder cannot have, before anything slow.
@@ -264,12 +149,12 @@ class Penalties(nn.Module):
                 outputs, which its probe does not capture.
         """
         for name, one in self.settings.items():
-            if one.quantity in ("selection_entropy", "l1_gate"):
+            if not QUANTITIES[one.quantity].of_decoders:
                 raise ConfigError(
                     f"penalty {name}: a decoder selects no tokens, so it has no {one.quantity}; take row_entropy, "
                     "block_entropy, key_entropy or l1_logits"
                 )
-            if one.quantity in _WITH_ANCHORS and one.points == "tokens":
+            if QUANTITIES[one.quantity].with_anchors and one.points == "tokens":
                 raise ConfigError(f"penalty {name}: {one.quantity} of a decoder partitions its keys; set points: keys")
 
     @torch.no_grad()
@@ -284,17 +169,12 @@ class Penalties(nn.Module):
             ConfigError: a penalty names a layer that the model has not.
         """
         for name, one in self.settings.items():
-            if one.quantity not in _WITH_ANCHORS:
+            quantity = QUANTITIES[one.quantity]
+            if not quantity.with_anchors:
                 continue
             for capture in self._of_layers(name, captures):
-                points = _points(one, capture)
-                if one.quantity == "halfspace":
-                    module: nn.Module = HalfspaceEntropy(
-                        one.num_cells.bit_length() - 1, points.shape[-1], sharpness=one.sharpness
-                    )
-                else:
-                    module = BallEntropy(one.num_cells, points.shape[-1], sharpness=one.sharpness)
-                module = module.to(points.device)
+                points = points_of(one, capture)
+                module = quantity.make_anchors(one, points.shape[-1]).to(points.device)
                 module.initialize_from(points.flatten(0, 1), method=one.initialization, seed=seed)
                 self.anchors[f"{name}_{capture.layer}"] = module
 
@@ -328,17 +208,18 @@ class Penalties(nn.Module):
 
     def _values(self, name: str, captures: Sequence[Any], gates: Sequence[Tensor]) -> list[Tensor]:
         one = self.settings[name]
-        function = QUANTITIES[one.quantity]
-        if function is None:
+        quantity = QUANTITIES[one.quantity]
+        if quantity.of_gate:
             if not gates:
-                raise ConfigError("the penalty l1_gate needs a sparse path with score: gate in training")
-            return [gate.float().mean(-1) for gate in gates]
+                raise ConfigError(f"the penalty {one.quantity} needs a sparse path with score: gate in training")
+            return [quantity.values(one, gate, None) for gate in gates]
         if any(not capture.causal and getattr(capture, "mask", None) is not None for capture in captures):
             raise ConfigError(
                 f"the penalty {name} takes a decoder's attention for causal, and its mask lets tokens see later ones"
             )
+        anchors = dict(self.anchors.items())
         return [
-            function(one, capture, self.anchors[key] if (key := f"{name}_{capture.layer}") in self.anchors else None)
+            quantity.values(one, capture, anchors.get(f"{name}_{capture.layer}"))
             for capture in self._of_layers(name, captures)
         ]
 

@@ -9,7 +9,7 @@ from entreg.errors import ConfigError
 from entreg.sparse import BlockSparsity, ColumnSparsity, TokenMerging, TokenSparsity
 
 SIZES = {"num_tokens": 65, "num_prefix": 1, "depth": 8}
-FIRST = TokenSparsity(keep=32, before_layer=1, score="random")
+FIRST = TokenSparsity(keep=32, before_layer=1, score="magnitude")
 # Rows of scores by default: 16 sampled and the class token's.
 ROWS = 17
 
@@ -37,10 +37,10 @@ def test_a_later_reduction_keeps_the_most_that_its_share_of_what_is_left_allows(
 
 
 def test_a_reduction_after_columns_or_merging_saves_of_what_they_leave():
-    later = TokenSparsity(sparsity=0.3, before_layer=4, score="random")
+    later = TokenSparsity(sparsity=0.3, before_layer=4, score="magnitude")
     left = 8 * 65 * 7
     wanted = max(k for k in range(65) if 4 * 65 * 7 + 4 * (k + 1) * min(7, k + 1) <= 0.7 * left)
-    assert budgets(ColumnSparsity(keys=7, score="random"), later).keep == (wanted,)
+    assert budgets(ColumnSparsity(keys=7, score="magnitude"), later).keep == (wanted,)
     merged = [65 - 4 * layer for layer in range(8)]
 
     def counts(keep):
@@ -52,7 +52,7 @@ def test_a_reduction_after_columns_or_merging_saves_of_what_they_leave():
 
 
 def test_columns_in_some_layers_save_for_all_that_the_tokens_leave():
-    plan = ColumnSparsity(sparsity=0.2, layers=(4, 5, 6, 7), score="random")
+    plan = ColumnSparsity(sparsity=0.2, layers=(4, 5, 6, 7), score="magnitude")
     assert budgets(plan).attention == {layer: pytest.approx(0.6) for layer in (4, 5, 6, 7)}
     density = 1 - 0.2 * (65**2 + 7 * 33**2) / (4 * 33**2)
     assert budgets(FIRST, plan).attention == {layer: pytest.approx(density) for layer in (4, 5, 6, 7)}
@@ -64,9 +64,9 @@ def test_columns_in_some_layers_save_for_all_that_the_tokens_leave():
     ("plan", "largest"),
     [
         (TokenSparsity(sparsity=0.95), 1 - (65**2 + ROWS * 65 + 7) / (8 * 65**2)),
-        (TokenSparsity(sparsity=0.95, score="random", reduction="merge"), 1 - (65**2 + 7 * 4) / (8 * 65**2)),
+        (TokenSparsity(sparsity=0.95, score="magnitude", reduction="merge"), 1 - (65**2 + 7 * 4) / (8 * 65**2)),
         (ColumnSparsity(sparsity=0.9), 1 - (1 + ROWS) / 65),
-        (ColumnSparsity(sparsity=0.9, score="random", layers=(1, 2)), 0.25 * (1 - 1 / 65)),
+        (ColumnSparsity(sparsity=0.9, score="magnitude", layers=(1, 2)), 0.25 * (1 - 1 / 65)),
         (BlockSparsity(sparsity=0.9), 1 - 16 / 65 - (5 / 65) ** 2),
     ],
 )

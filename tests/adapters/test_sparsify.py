@@ -206,7 +206,7 @@ def test_realised_sparsity_is_the_count_of_entries():
     cases = {
         TokenSparsity(keep=5, before_layer=1, num_sampled_queries=sampled): n**2 + rows + 3 * 6**2,
         TokenSparsity(keep=5, before_layer=0, num_sampled_queries=sampled): rows + 4 * 6**2,
-        TokenSparsity(keep=5, before_layer=1, score="random"): n**2 + 3 * 6**2,
+        TokenSparsity(keep=5, before_layer=1, score="magnitude"): n**2 + 3 * 6**2,
         ColumnSparsity(keys=5, num_sampled_queries=sampled): 4 * (rows + 5 * n),
         ColumnSparsity(keys=5, num_sampled_queries=sampled, layers=(2,)): 3 * n**2 + rows + 5 * n,
         TokenMerging(2): 17**2 + 15**2 + 13**2 + 11**2,
@@ -337,7 +337,7 @@ def test_columns_act_beside_token_merging():
         merging = model(x)
     with sparsify(model, Combined((TokenMerging(2), ColumnSparsity(keys=17)))):
         torch.testing.assert_close(model(x), merging, rtol=1e-4, atol=1e-5)
-    with sparsify(model, Combined((TokenMerging(2), ColumnSparsity(keys=3, score="random")))) as handle:
+    with sparsify(model, Combined((TokenMerging(2), ColumnSparsity(keys=3, score="magnitude")))) as handle:
         assert not torch.allclose(model(x), merging, rtol=1e-2)
         entries = 3 * (17 + 15 + 13 + 11)
         assert handle.realised_sparsity(x) == pytest.approx(1 - entries / (4 * 17**2))
@@ -363,8 +363,8 @@ def test_columns_act_in_the_layer_that_previous_reads():
 def test_a_later_parts_sparsity_is_of_what_the_parts_before_leave():
     model, x = small_model(depth=8, img_size=64), images()
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
-    second = TokenSparsity(sparsity=0.3, before_layer=3, score="random")
-    plan = Combined((TokenSparsity(keep=32, before_layer=1, score="random"), second))
+    second = TokenSparsity(sparsity=0.3, before_layer=3, score="magnitude")
+    plan = Combined((TokenSparsity(keep=32, before_layer=1, score="magnitude"), second))
     with sparsify(model, plan) as handle:
         realised = handle.realised_sparsity(x)
     left = 65**2 + 7 * 33**2

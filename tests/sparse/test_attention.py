@@ -24,6 +24,11 @@ from entreg.sparse.backends import flash, flex
 from tests.sparse.attention_oracle import attention_by_loops, counted_elements, random_inputs
 
 
+def own(kind, block_size):
+    """What only one of the kinds of plans takes."""
+    return {"block_size": block_size} if kind == "blocks" else {"num_sampled_queries": 3}
+
+
 def sees(plan):
     """Whether an entry counts, straight from the fields of the plan."""
     order = None if plan.permutation is None else plan.permutation.tolist()
@@ -65,7 +70,7 @@ CASES = [
 @pytest.mark.parametrize(("kind", "n", "m", "causal", "budget"), CASES)
 def test_backends_equal_loops(backend, key_heads, biased, kind, n, m, causal, budget):
     q, k, v = random_inputs(key_heads=key_heads, n=n, m=m, value_width=3)
-    plan = make_plan(q, k, budget, kind=kind, block_size=4, num_prefix=1, causal=causal, num_sampled_queries=3)
+    plan = make_plan(q, k, budget, kind=kind, num_prefix=1, causal=causal, **own(kind, 4))
     bias = torch.randn(2, m, generator=torch.Generator().manual_seed(9), dtype=torch.float64) if biased else None
     expected = attention_by_loops(q, k, v, sees(plan), scale=0.8, key_bias=bias)
     found = sparse_attention(q, k, v, plan, causal=causal, backend=backend, scale=0.8, key_bias=bias)
@@ -91,7 +96,7 @@ def test_gather_equals_masked_softmax_with_gradients_for_all_shapes(data):
         seed=data.draw(st.integers(0, 99)),
     )
     budget = data.draw(st.integers(1 if kind == "columns" else min(m, size), m + 1))
-    plan = make_plan(q, k, budget, kind=kind, block_size=size, causal=causal, share_heads=data.draw(st.booleans()))
+    plan = make_plan(q, k, budget, kind=kind, causal=causal, share_heads=data.draw(st.booleans()), **own(kind, size))
     bias = torch.randn(2, m, dtype=torch.float64) if data.draw(st.booleans()) else None
     # The truth: a dense softmax under the plan's mask, by PyTorch.
     additive = torch.zeros(()).double().masked_fill(~plan.to_mask(), -torch.inf)
@@ -143,7 +148,7 @@ def test_dense_causal_attention_is_aligned_at_the_last_query(n, m, biased):
 @pytest.mark.parametrize("causal", [False, True])
 def test_bfloat16_lies_within_its_rounding_of_the_float64_truth(kind, causal):
     q, k, v = random_inputs(key_heads=2, n=70, m=70, width=32, value_width=32, dtype=torch.bfloat16)
-    plan = make_plan(q, k, 32, kind=kind, causal=causal, block_size=8)
+    plan = make_plan(q, k, 32, kind=kind, causal=causal, **own(kind, 8))
     exact = sparse_attention(q.double(), k.double(), v.double(), plan, backend="reference")
     # Weights and the result are rounded to bfloat16, 2^-8 relative each: the error is at most twice that of the sum of
     # weights times |v|. Where products stand for the fused kernel, logits are rounded too, by 2^-9 of the largest at
@@ -205,7 +210,7 @@ def test_inputs_need_not_be_contiguous():
     q, k, v = random_inputs(n=9, m=9)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     for kind in ("columns", "blocks"):
-        plan = make_plan(q, k, 4, kind=kind, block_size=2)
+        plan = make_plan(q, k, 4, kind=kind, **own(kind, 2))
         torch.testing.assert_close(sparse_attention(*strided, plan), sparse_attention(q, k, v, plan))
 
 
@@ -222,7 +227,7 @@ def test_inputs_need_not_be_contiguous():
 )
 def test_flex_equals_the_reference(kind, causal, m, biased):
     q, k, v = random_inputs(key_heads=2, n=50, m=m, width=16, value_width=16, dtype=torch.float32)
-    plan = make_plan(q, k, 24, kind=kind, causal=causal, block_size=8, num_prefix=1)
+    plan = make_plan(q, k, 24, kind=kind, causal=causal, num_prefix=1, **own(kind, 8))
     bias = torch.randn(2, m, generator=torch.Generator().manual_seed(0)) if biased else None
     found = sparse_attention(q, k, v, plan, backend="flex", key_bias=bias)
     exact = sparse_attention(q.double(), k.double(), v.double(), plan, backend="reference", key_bias=bias)
@@ -286,7 +291,7 @@ def flash_twin(monkeypatch):
 @pytest.mark.parametrize(("kind", "n"), [("columns", 11), ("blocks", 12)])
 def test_flash_is_handed_the_gathered_keys(monkeypatch, flash_twin, kind, n):
     q, k, v = random_inputs(key_heads=2, n=n, m=n)
-    plan = make_plan(q, k, 8, kind=kind, block_size=4)
+    plan = make_plan(q, k, 8, kind=kind, **own(kind, 4))
     with pytest.raises(InputError, match="float16 or bfloat16 on a CUDA device"):
         sparse_attention(q, k, v, plan, backend="flash")
     monkeypatch.setattr(flash, "_require_supported", lambda q: None)

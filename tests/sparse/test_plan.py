@@ -90,7 +90,8 @@ def test_sparsity_is_what_the_mask_leaves_out(data):
     budget = data.draw(st.integers(least, m + 2))
     if data.draw(st.booleans()):
         budget = torch.tensor([budget, data.draw(st.integers(least, m + 2))])
-    arguments = {"kind": kind, "num_prefix": prefix, "causal": causal, "block_size": size, "num_sampled_queries": 3}
+    own = {"block_size": size} if kind == "blocks" else {"num_sampled_queries": 3}
+    arguments = {"kind": kind, "num_prefix": prefix, "causal": causal, **own}
     plan = make_plan(q, k, budget, share_heads=data.draw(st.booleans()), **arguments)
     assert plan.density == pytest.approx(counted_density(plan), rel=1e-12)
     assert plan.sparsity == 1.0 - plan.density
@@ -124,7 +125,8 @@ def test_a_full_budget_is_dense_and_costs_no_selection(kind, causal, budget):
 @pytest.mark.parametrize("density", [0.15, 0.2, 0.35, 0.5, 0.75, 0.99])
 def test_density_is_reached_with_the_selection_counted(kind, causal, density):
     q, k, _ = random_inputs(batch=1, heads=2, key_heads=2, n=197, m=197)
-    arguments = {"kind": kind, "num_prefix": 1, "causal": causal, "num_sampled_queries": 8}
+    own = {"num_sampled_queries": 8} if kind == "columns" else {}
+    arguments = {"kind": kind, "num_prefix": 1, "causal": causal, **own}
     plan = make_plan(q, k, density, **arguments)
     assert plan.selection_entries > 0
     assert counted_density(plan) <= density + 1e-9
@@ -289,7 +291,8 @@ def test_sorting_by_parts_keeps_more_attention_where_tokens_cluster():
 @pytest.mark.parametrize("kind", ["columns", "blocks"])
 def test_a_density_that_is_too_small_names_the_smallest(kind):
     q, k, _ = random_inputs(n=100, m=100)
-    arguments = {"kind": kind, "num_prefix": 3, "num_sampled_queries": 5}
+    own = {"num_sampled_queries": 5} if kind == "columns" else {}
+    arguments = {"kind": kind, "num_prefix": 3, **own}
     with pytest.raises(InputError, match="smallest possible") as raised:
         make_plan(q, k, 0.01, **arguments)
     smallest = float(re.search(r"smallest possible is (\d\.\d+)", str(raised.value)).group(1))
@@ -321,6 +324,10 @@ def test_selection_cost_of_a_given_score_counts():
         (torch.tensor([3, 2, 1]), {}, "int64 of shape"),
         (torch.tensor([[3, 2, 1, 4]] * 2), {"share_heads": True}, "int64 of shape"),
         (3, {"kind": "rows"}, "kind must be one of"),
+        (3, {"block_size": 4}, "unknown argument 'block_size' of make_plan for plans of kind 'columns'"),
+        (3, {"kind": "blocks", "num_sampled_queries": 4}, "unknown argument 'num_sampled_queries'"),
+        (3, {"kind": "blocks", "blocksize": 4}, "did you mean 'block_size'"),
+        (3, {"score": "mixd"}, "did you mean 'mixed'"),
         (3, {"num_prefix": 12}, "num_prefix"),
         (3, {"score": torch.rand(2, 3, 11)}, "1, 4 or 4 heads"),
         (3, {"score": torch.rand(2, 4, 10)}, "score must be a tensor of shape"),

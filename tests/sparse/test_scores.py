@@ -78,16 +78,6 @@ def test_magnitude_is_the_norm_of_values_or_tokens():
     torch.testing.assert_close(found, norms[:, None].expand(2, 4, 11))
 
 
-def test_random_scores_follow_the_generator():
-    q, k, _ = random_inputs()
-    one, two, other = (
-        selection_scores(q, k, "random", generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
-    )
-    assert one.shape == (2, 4, 11)
-    assert torch.equal(one, two)
-    assert not torch.equal(one, other)
-
-
 def test_part_scores_are_means_over_well_separated_parts():
     q, k, _ = random_inputs()
     generator = torch.Generator().manual_seed(3)
@@ -156,7 +146,7 @@ def test_score_entries_are_the_probabilities_computed(score, sampled, causal):
     with counted_elements() as counter:
         selection_scores(q, k, score, **arguments)
     assert score_entries(score, 11, 13, **arguments) == counter.softmax_numel / (2 * 4)
-    assert score_entries("magnitude", 11, 13) == score_entries("random", 11, 13) == score_entries("gate", 11, 13) == 0
+    assert score_entries("magnitude", 11, 13) == score_entries("gate", 11, 13) == 0
 
 
 def test_bfloat16_scores_lie_within_the_rounding_of_logits():
@@ -184,6 +174,7 @@ def test_autocast_does_not_change_the_scores():
     ("arguments", "sentence"),
     [
         ({"score": "best"}, "score must be one of"),
+        ({"score": "magnitud"}, "did you mean 'magnitude'"),
         ({"score": "gate"}, "pass them on as a tensor"),
         ({"score": "prefix"}, "needs prefix tokens"),
         ({"score": "prefix", "num_prefix": 1, "causal": True}, "needs prefix tokens"),

@@ -27,13 +27,11 @@ from entreg.names import require_choice, require_some
 from entreg.progress import Progress, progress_bar
 from entreg.runs.finished import Finished
 from entreg.sparse import Sparsity, TokenSparsity, selection_scores, sparsity_from_mapping
-from entreg.sparse.config import SCORES
+from entreg.sparse.registries import SCORES
 
 Row = dict[str, Any]
 
 _NO_CHOICE = {"level": None, "reduction": None, "score": None}
-# A gate is a part of the model that was trained with it.
-_RANKING_SCORES = tuple(score for score in SCORES if score != "gate")
 
 
 def expand_plans(plans: Mapping[str, Mapping[str, Any]]) -> list[tuple[Row, dict[str, Any]]]:
@@ -95,7 +93,9 @@ def check_evaluation(config: Mapping[str, Any]) -> None:
     require_some("evaluation.splits", config["splits"], SPLITS, "split")
     localisation = config["localisation"]
     if localisation is not None:
-        require_some("evaluation.localisation.scores", localisation["scores"], _RANKING_SCORES, "score")
+        # A gate is a part of the model that was trained with it.
+        ranking = [name for name, one in SCORES.items() if not one.learned]
+        require_some("evaluation.localisation.scores", localisation["scores"], ranking, "score")
     if config["batch_size"] < 1 or (config["limit"] is not None and config["limit"] < 1):
         raise ConfigError(
             f"evaluation.batch_size and limit must be at least 1, got {config['batch_size']} and {config['limit']}"

@@ -45,6 +45,7 @@ from entreg.sparse.decoder.selection import (
 )
 from entreg.sparse.plan import BlockLists, SegmentedPlan, SparsityPlan
 from entreg.sparse.planning import block_densities, blocks_within, densities_of_entries
+from entreg.sparse.registries import SELECTIONS
 
 MOST_WRITTEN = 32
 """Queries up to which a pass that continues a cache is decoding; transformers' assistants guess 10 to 20 tokens."""
@@ -361,7 +362,7 @@ def _prompt_plan(
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     if kernels:
         require_kernels(q, k, k, sparsity.block_size, factor, mask)
-    size = 1 if sparsity.selection == "topk" else sparsity.block_size
+    size = 1 if SELECTIONS[sparsity.selection].single_keys else sparsity.block_size
     entries = selection_entries(sparsity, n, m)
     if mask is None:
         allowed, total = None, dense_entries(n, m, True)
@@ -450,7 +451,7 @@ def _page_plan(
     pages: PageSummaries | None,
 ) -> SparsityPlan | None:
     key_heads, m, size = k.shape[1], k.shape[2], sparsity.page_size
-    by_place = sparsity.selection == "window"
+    by_place = SELECTIONS[sparsity.selection].by_place
     budget = _page_budget(m, first_keys, size, _written_sparsity(sparsity), by_place)
     if budget is None:
         return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,37 +18,185 @@ from entreg.sparse.backends.triton.entries import fused_entries
 from entreg.sparse.block_scores import last_visible, pooled_block_scores
 from entreg.sparse.config import DecoderSparsity
 from entreg.sparse.counting import num_blocks, query_offset
+from entreg.sparse.registries import SELECTIONS
 
 # Query blocks whose estimates are computed together: their keys end at the last of them, so that little of the causal
 # upper part is computed. An eighth of a prompt, within these bounds: more would not stay in a cache.
 _LEAST_TOGETHER, _MOST_TOGETHER = 8, 16
 LEAST_CHOICE = 3
 """Blocks per row: the sink, the row's own and one to choose."""
-# Selections that make one of two estimates.
-_BOTH = ("validated", "mixture")
 _FITTING_STEPS = 4
 # Weight of a row's own sample beside what the mixture expects; chosen by validation text.
 _OWN_SAMPLE = 0.3
+
+
+@dataclass(frozen=True)
+class SelectionInputs:
+    """What blocks are chosen by.
+
+    Attributes:
+        q: (batch, heads, n, d).
+        k: (batch, key_heads, m, d), m >= n.
+        sparsity: the settings.
+        block_size: of the plan.
+        count: key blocks per row of the plan's uniform budget.
+        visible: bool, broadcastable to the scores: pairs with an allowed entry.
+        scale: factor of the logits; None for 1/sqrt(d).
+        mask: (batch or 1, 1, n, m) bool of allowed entries, or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    sparsity: DecoderSparsity
+    block_size: int
+    count: int
+    visible: Tensor
+    scale: float | None
+    mask: Tensor | None
+
+    def of_key_heads(self, scores: Tensor) -> Tensor:
+        """(batch, heads, ...) as (batch, key_heads, heads that share one, ...)."""
+        return scores.unflatten(1, (self.k.shape[1], -1))
+
+
+class BlockSelection:
+    """How a decoder's blocks of keys are chosen. A new one overrides :meth:`scores`; and :meth:`entries` if it costs.
+
+    Attributes:
+        estimates_mass: the scores are attention mass, which budgets other than ``uniform`` share out.
+        single_keys: it chooses keys instead of blocks, which only the backend ``reference`` can do.
+        by_place: it does not look at the keys; pages of decoding are chosen by place, too.
+    """
+
+    estimates_mass = True
+    single_keys = False
+    by_place = False
+
+    def scores(self, inputs: SelectionInputs) -> Tensor:
+        """Score every pair of blocks: (batch, key_heads or 1, query_blocks, key_blocks), as :func:`block_scores`."""
+        raise NotImplementedError
+
+    def entries(self, sparsity: DecoderSparsity, num_queries: int, num_keys: int) -> int:
+        """Score entries per head that the scores cost, or the kernels that stand for them; by default none."""
+        return 0
+
+
+class Window(BlockSelection):
+    """The latest blocks."""
+
+    estimates_mass = False
+    by_place = True
+
+    def scores(self, inputs: SelectionInputs) -> Tensor:
+        n, m, size = inputs.q.shape[2], inputs.k.shape[2], inputs.block_size
+        rows = num_blocks(n + query_offset(n, m, size, True), size)
+        columns = torch.arange(num_blocks(m, size), device=inputs.q.device, dtype=torch.float32)
+        return columns.expand(len(inputs.q), 1, rows, -1)
+
+
+class Oracle(BlockSelection):
+    """Full attention, whose cost is not counted."""
+
+    def scores(self, inputs: SelectionInputs) -> Tensor:
+        size = inputs.block_size
+        return inputs.of_key_heads(_sampled_scores(inputs.q, inputs.k, size, size, inputs.scale, inputs.mask)).mean(2)
+
+
+class TopKeys(Oracle):
+    """The same for single keys of single queries."""
+
+    estimates_mass = False
+    single_keys = True
+
+
+class Pooled(BlockSelection):
+    """Attention between means of queries and keys."""
+
+    def scores(self, inputs: SelectionInputs) -> Tensor:
+        q, k, pool = inputs.q, inputs.k, inputs.sparsity.pool_size
+        parts = _chunks(inputs.block_size, q.shape[2], k.shape[2])
+        pooled = pooled_block_scores(
+            q,
+            k,
+            inputs.block_size,
+            scale=inputs.scale,
+            causal=True,
+            permutation=None,
+            pool_size=pool,
+            parts=parts,
+            mask=inputs.mask,
+        )
+        return inputs.of_key_heads(pooled).mean(2)
+
+    def entries(self, sparsity: DecoderSparsity, num_queries: int, num_keys: int) -> int:
+        size, pools = sparsity.block_size, sparsity.block_size // sparsity.pool_size
+        if sparsity.backend == "triton":
+            return fused_entries(num_queries, num_keys, size, pools, sparsity.pool_size)
+        chunks = _chunks(size, num_queries, num_keys)
+        return sum((end - start) * pools * num_blocks(keys, size) * pools for start, end, keys in chunks)
+
+
+class Sampled(BlockSelection):
+    """Attention of sampled queries to all keys, shared with neighbours."""
+
+    def estimates(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:
+        """The samples' own attention mass, and the same with that of the neighbours."""
+        sparsity = inputs.sparsity
+        number = sparsity.num_sampled_queries
+        sampled = inputs.of_key_heads(
+            _sampled_scores(inputs.q, inputs.k, number, inputs.block_size, inputs.scale, inputs.mask)
+        )
+        sampled = sampled.mean(2) if sparsity.group_reduction == "mean" else sampled.amax(2)
+        return sampled, _shared_along(_shared_along(sampled, sparsity.diagonal_radius, 1), sparsity.column_radius, 0)
+
+    def scores(self, inputs: SelectionInputs) -> Tensor:
+        return self.estimates(inputs)[1]
+
+    def entries(self, sparsity: DecoderSparsity, num_queries: int, num_keys: int) -> int:
+        size, number = sparsity.block_size, sparsity.num_sampled_queries
+        if sparsity.backend == "triton":
+            return fused_entries(num_queries, num_keys, size, number, 1)
+        return sum((end - start) * number * keys for start, end, keys in _chunks(size, num_queries, num_keys))
+
+
+class Mixture(BlockSelection):
+    """Both estimates, with the weights that make the samples most likely."""
+
+    pooled, sampled = Pooled(), Sampled()
+
+    def scores(self, inputs: SelectionInputs) -> Tensor:
+        pooled, (sampled, neighbours) = self.pooled.scores(inputs), self.sampled.estimates(inputs)
+        return self.chosen(sampled, neighbours, pooled, inputs)
+
+    def chosen(self, sampled: Tensor, neighbours: Tensor, pooled: Tensor, inputs: SelectionInputs) -> Tensor:
+        """One estimate of the two."""
+        return _mixture(sampled, neighbours, pooled, inputs.sparsity.validation_radius, inputs.visible)
+
+    def entries(self, sparsity: DecoderSparsity, num_queries: int, num_keys: int) -> int:
+        return sum(one.entries(sparsity, num_queries, num_keys) for one in (self.pooled, self.sampled))
+
+
+class Validated(Mixture):
+    """The estimate that predicts the samples better."""
+
+    def chosen(self, sampled: Tensor, neighbours: Tensor, pooled: Tensor, inputs: SelectionInputs) -> Tensor:
+        return _validated(sampled, neighbours, pooled, inputs.sparsity, inputs.count, inputs.visible)
+
+
+SELECTIONS.register("validated", Validated())
+SELECTIONS.register("mixture", Mixture())
+SELECTIONS.register("pooled", Pooled())
+SELECTIONS.register("sampled", Sampled())
+SELECTIONS.register("oracle", Oracle())
+SELECTIONS.register("window", Window())
+SELECTIONS.register("topk", TopKeys())
 
 
 def selection_entries(sparsity: DecoderSparsity, num_queries: int, num_keys: int) -> int:
     """Score entries per head that :func:`block_scores`, or the kernels that stand for it with the backend ``triton``,
     compute; 0 for ``window``, and for ``oracle`` by definition.
     """
-    n, m, size = num_queries, num_keys, sparsity.block_size
-    entries = 0
-    if sparsity.backend == "triton":
-        if sparsity.selection in ("pooled", *_BOTH):
-            entries += fused_entries(n, m, size, size // sparsity.pool_size, sparsity.pool_size)
-        if sparsity.selection in ("sampled", *_BOTH):
-            entries += fused_entries(n, m, size, sparsity.num_sampled_queries, 1)
-        return entries
-    chunks, pools = _chunks(size, n, m), size // sparsity.pool_size
-    if sparsity.selection in ("pooled", *_BOTH):
-        entries += sum((end - start) * pools * num_blocks(keys, size) * pools for start, end, keys in chunks)
-    if sparsity.selection in ("sampled", *_BOTH):
-        entries += sum((end - start) * sparsity.num_sampled_queries * keys for start, end, keys in chunks)
-    return entries
+    return SELECTIONS[sparsity.selection].entries(sparsity, num_queries, num_keys)
 
 
 def block_scores(
@@ -61,48 +210,15 @@ def block_scores(
     scale: float | None,
     mask: Tensor | None,
 ) -> Tensor:
-    """Estimated attention mass of every pair of blocks, the same for the query heads that share a key head.
+    """Estimate the attention mass of every pair of blocks, the same for the query heads that share a key head.
 
-    Args:
-        q: (batch, heads, n, d).
-        k: (batch, key_heads, m, d), m >= n.
-        sparsity: its ``selection`` says how.
-        block_size: of the plan.
-        count: key blocks per row of the plan's uniform budget.
-        visible: bool, broadcastable to the result: pairs with an allowed entry.
-        scale: factor of the logits; default 1/sqrt(d).
-        mask: (batch or 1, 1, n, m) bool of allowed entries, or None.
+    Arguments as in :class:`SelectionInputs`; the ``selection`` of ``sparsity`` says how.
 
     Returns:
         (batch, key_heads or 1, query_blocks, key_blocks) float32 or float64. What no query may see has any value.
     """
-    heads, key_heads, n, m = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
-    shared = (key_heads, heads // key_heads)
-    if sparsity.selection == "window":
-        rows = num_blocks(n + query_offset(n, m, block_size, True), block_size)
-        columns = torch.arange(num_blocks(m, block_size), device=q.device, dtype=torch.float32)
-        return columns.expand(len(q), 1, rows, -1)
-    if sparsity.selection in ("oracle", "topk"):
-        return _sampled_scores(q, k, block_size, block_size, scale, mask).unflatten(1, shared).mean(2)
-    pooled = sampled = None
-    if sparsity.selection in ("pooled", *_BOTH):
-        pool = sparsity.pool_size
-        parts = _chunks(block_size, n, m)
-        pooled = pooled_block_scores(
-            q, k, block_size, scale=scale, causal=True, permutation=None, pool_size=pool, parts=parts, mask=mask
-        )
-        pooled = pooled.unflatten(1, shared).mean(2)
-    if sparsity.selection in ("sampled", *_BOTH):
-        sampled = _sampled_scores(q, k, sparsity.num_sampled_queries, block_size, scale, mask).unflatten(1, shared)
-        sampled = sampled.mean(2) if sparsity.group_reduction == "mean" else sampled.amax(2)
-        neighbours = _shared_along(_shared_along(sampled, sparsity.diagonal_radius, 1), sparsity.column_radius, 0)
-    if pooled is None:
-        return neighbours
-    if sampled is None:
-        return pooled
-    if sparsity.selection == "mixture":
-        return _mixture(sampled, neighbours, pooled, sparsity.validation_radius, visible)
-    return _validated(sampled, neighbours, pooled, sparsity, count, visible)
+    inputs = SelectionInputs(q, k, sparsity, block_size, count, visible, scale, mask)
+    return SELECTIONS[sparsity.selection].scores(inputs)
 
 
 def _validated(
