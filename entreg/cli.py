@@ -32,7 +32,7 @@ INTERRUPTED = 130
 _CALLBACK = "+hydra.callbacks.sweep._target_=entreg.runs.multirun.RegisterSweep"
 """An override of every script, by which Hydra tells of a multirun."""
 
-_FAMILIES = {"geometry": "geometry", "llm": "language", "vit": "train", "cifar": "train"}
+_FAMILIES = {"geometry": "geometry", "llm": "language", "vit": "vision", "cifar": "vision"}
 """Folder in ``configs/experiment`` to the entry configuration that its experiments are for."""
 
 _PLUGINS = {
@@ -198,9 +198,8 @@ def _refuse_others_experiments(config_name: str, folder: Path) -> None:
         for name in value.split(","):
             entry = _FAMILIES.get(name.strip().partition("/")[0], config_name)
             if entry != config_name and name.strip() in _options(folder, key):
-                script = {"train": "vision"}.get(entry, entry)
                 raise ConfigError(
-                    f"experiment={name.strip()} is for scripts/{script}.py; the experiments of this script are "
+                    f"experiment={name.strip()} is for scripts/{entry}.py; the experiments of this script are "
                     f"{', '.join(_options(folder, key, config_name))}."
                 )
 

@@ -89,7 +89,7 @@ _VISION_DATA = {
     "augmentation": dict | None,
 }
 
-TRAIN = {
+VISION = {
     **_STUDY,
     "data": _VISION_DATA,
     "model": {
@@ -168,7 +168,7 @@ GEOMETRY = {
 BENCHMARK: dict[str, Any] = {"benchmark": dict, "profile": PROFILE, "store": str, "force": bool}
 
 SCHEMAS: dict[str, dict[str, Any]] = {
-    "train": TRAIN,
+    "vision": VISION,
     "language": LANGUAGE,
     "geometry": GEOMETRY,
     "benchmark": BENCHMARK,

@@ -54,7 +54,7 @@ class Run(Protocol):
         ...
 
 
-def study_configs(config: DictConfig, overrides: Sequence[str], entry: str = "train") -> list[dict[str, Any]]:
+def study_configs(config: DictConfig, overrides: Sequence[str], entry: str) -> list[dict[str, Any]]:
     """The resolved configuration of every method and seed of a study, seeds outermost.
 
     Each is composed anew with the same overrides, the method's own and the seed, so that a study is nothing but many

@@ -44,7 +44,7 @@ def test_launchers_are_those_of_the_issue():
 
 
 @pytest.mark.parametrize("name", [name for name in LAUNCHERS if name != "ray"])
-@pytest.mark.parametrize("entry", ["train", "language", "geometry"])
+@pytest.mark.parametrize("entry", ["vision", "language", "geometry"])
 def test_launchers_compose_with_every_script(name, entry):
     config = hydra.compose(entry, [f"launcher={name}"], return_hydra_config=True)
     target = config.hydra.launcher._target_
@@ -78,7 +78,7 @@ def test_sweeps_say_what_they_vary_and_how_they_are_run(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "entry", "seeds"), [("vit", "train", 5), ("cifar", "train", 5), ("llm", "language", 3)]
+    ("name", "entry", "seeds"), [("vit", "vision", 5), ("cifar", "vision", 5), ("llm", "language", 3)]
 )
 def test_ready_sweeps_have_all_methods_and_seeds(name, entry, seeds):
     config = hydra.compose(entry, [f"+sweep={name}"])
@@ -108,7 +108,7 @@ def test_the_geometry_sweep_is_the_study_without_its_sensitivity():
 
 
 def test_the_search_is_for_what_it_names():
-    composed = hydra.compose("train", ["+sweep=vit_search"], return_hydra_config=True)
+    composed = hydra.compose("vision", ["+sweep=vit_search"], return_hydra_config=True)
     assert "optuna" in composed.hydra.sweeper._target_
     assert composed.hydra.sweeper.direction == composed.objective.direction == "maximize"
     assert composed.objective.name == "sparse_accuracy"

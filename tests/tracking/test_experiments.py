@@ -51,7 +51,7 @@ def without_gaps(rows):
 
 def test_a_vision_run(tmp_path):
     overrides = [one for one in SCENES if not one.startswith("profile=")]
-    values = composed("train", tmp_path, *overrides, "seed=1", f"checkpoints={tmp_path / 'checkpoints'}")
+    values = composed("vision", tmp_path, *overrides, "seed=1", f"checkpoints={tmp_path / 'checkpoints'}")
     run = vision_experiment.plan_run(values)
     (record,), found = finished([run], tmp_path)
     assert set(found) == {config_hash(run.config), config_hash({**run.base_config, "scale": "smoke"})}

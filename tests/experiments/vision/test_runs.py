@@ -68,7 +68,7 @@ def initialised_hydra():
 
 def planned(folder, *overrides):
     overrides = [*overrides, f"checkpoints={folder / 'checkpoints'}"]
-    return [plan_run(one) for one in study_configs(hydra.compose("train", overrides), overrides)]
+    return [plan_run(one) for one in study_configs(hydra.compose("vision", overrides), overrides, "vision")]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -120,7 +120,7 @@ def flat(values, prefix=""):
 
 def test_methods_and_seeds_follow_the_profile(tmp_path):
     runs = planned(tmp_path, "profile=reproduce")
-    whole = hydra.compose("train").study.methods
+    whole = hydra.compose("vision").study.methods
     assert {"plain", "ours_a"} <= {run.config["method"] for run in runs} < set(whole)
     assert {run.config["seed"] for run in runs} == {0}
     runs = planned(tmp_path, "profile.methods=[ball]", "profile.seeds=[4,5]")
@@ -232,7 +232,7 @@ def test_missing_corruptions_show_before_a_model_is_built(tmp_path, monkeypatch)
     ],
 )
 def test_wrong_configurations_are_one_sentence_before_anything_runs(overrides, message):
-    config = OmegaConf.to_container(hydra.compose("train", overrides), resolve=True)
+    config = OmegaConf.to_container(hydra.compose("vision", overrides), resolve=True)
     with pytest.raises(ConfigError, match=message) as caught:
         plan_run(config)
     assert "\n" not in str(caught.value)
