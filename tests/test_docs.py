@@ -191,9 +191,9 @@ def plan(script, arguments):
     if entry != "benchmark" and script != "scripts/train.py" and "geometry" not in script:
         # Seeds differ in nothing but the seed, and tests/experiments looks at all methods: the first one is enough.
         arguments = [*arguments, "study.seeds=[0]"]
-        if not any(one.startswith("profile.methods=") for one in arguments):
+        if not any(one.startswith(f"profile.{entry}.methods=") for one in arguments):
             first = next(iter(hydra.compose(entry, arguments).study.methods))
-            arguments = [*arguments, f"profile.methods=[{first}]"]
+            arguments = [*arguments, f"profile.{entry}.methods=[{first}]"]
     config = hydra.compose(entry, arguments)
     if entry == "benchmark":
         chosen = checked_config(config, arguments, entry)["benchmark"]

@@ -72,7 +72,7 @@ def study_configs(config: DictConfig, overrides: Sequence[str], entry: str) -> l
     from entreg.experiments.profiles import checked_config
 
     plain = checked_config(config, overrides, entry)
-    methods, allowed = plain["study"]["methods"], plain["profile"].get("methods")
+    methods, allowed = plain["study"]["methods"], plain["profile"][entry]["methods"]
     names = [name for name in methods if allowed is None or name in allowed] or list(methods)[:1]
     if not names:
         raise ConfigError(f"experiment {config.name} has no study.methods; run it with scripts/train.py")

@@ -46,6 +46,7 @@ FREE = {
     *("data.preprocessing.model", "data.augmentation.auto_augment", "objective.name", "objective.value"),
     *("profile.language.model.dtype", "benchmark._target_"),
 }
+VISION_SPEED = "profile.vision.speed"
 FREE_OF_LANGUAGE = {"data.name", "model.name"}
 
 
@@ -180,15 +181,23 @@ def checked(entry, *overrides):
 @pytest.mark.parametrize(
     ("entry", "overrides", "sentence"),
     [
-        ("vision", ["profile.methods=[plian]"], "unknown method 'plian' of profile.methods, .*; did you mean 'plain'"),
+        (
+            "vision",
+            ["profile.vision.methods=[plian]"],
+            "unknown method 'plian' of .*; did you mean 'plain'",
+        ),
         # A method of other experiments than the one that is run.
-        ("vision", ["experiment=cifar/digits", "profile.methods=[plain,ours_a]"], "unknown method 'ours_a'"),
-        ("vision", ["profile.methods=plain"], "profile.methods must be a list of at least one name or null"),
-        ("vision", ["profile.methods=[]"], "profile.methods must be a list of at least one name or null"),
+        ("vision", ["experiment=cifar/digits", "profile.vision.methods=[plain,ours_a]"], "unknown method 'ours_a'"),
+        (
+            "vision",
+            ["profile.vision.methods=plain"],
+            "methods must be a list of at least one name or null",
+        ),
+        ("vision", ["profile.vision.methods=[]"], "methods must be a list of at least one name or null"),
         ("language", ["profile.language.plans=[oars]"], "unknown plan 'oars' of .*; did you mean 'ours'"),
         ("language", ["profile.language.levels=[0.77]"], "unknown level '0.77' of profile.language.levels, known are"),
-        ("geometry", ["profile=smoke", "profile.distributions=[sqare]"], "unknown distribution 'sqare'"),
-        ("geometry", ["profile=reproduce", "profile.experiments=[hul]"], "unknown experiment 'hul' .*'hull'"),
+        ("geometry", ["profile=smoke", "profile.geometry.distributions=[sqare]"], "unknown distribution 'sqare'"),
+        ("geometry", ["profile=reproduce", "profile.geometry.experiments=[hul]"], "unknown experiment 'hul' .*'hull'"),
         ("benchmark", ["benchmark=language_speed", "profile.language.plans=[oars]"], "unknown plan 'oars'"),
     ],
 )
@@ -203,8 +212,8 @@ def test_a_list_in_a_profiles_file_serves_all_experiments_and_is_checked_against
     found = study_configs(hydra.compose("vision", overrides), overrides, "vision")
     assert [one["method"] for one in found] == ["plain", "label_smoothing", "ours"]
     config = typed("vision", *overrides)
-    config["profile"]["methods"] += ["orus"]
-    with pytest.raises(ConfigError, match=r"unknown method 'orus' of profile\.methods, .*; did you mean 'ours'"):
+    config["profile"]["vision"]["methods"] += ["orus"]
+    with pytest.raises(ConfigError, match=r"unknown method 'orus' of profile\.vision\.methods, .*'ours'"):
         check_values(config, overrides, "vision")
 
 
@@ -218,14 +227,18 @@ def test_a_list_in_a_profiles_file_serves_all_experiments_and_is_checked_against
         ("language", ["evaluation.tasks.copy.contexts=[512,4096]"], "profile.language.max_context"),
         ("language", ["evaluation.tasks.needle={contexts: [512], count: 9}"], "profile.language.max_count"),
         ("language", ["evaluation.plans.ours.levels=[0.75,0.9]"], "profile.language.levels"),
-        ("vision", ["evaluation.limit=100"], "profile.max_images"),
-        ("vision", ["evaluation.limit=null"], "profile.max_images"),
-        ("geometry", ["distributions=[circle,cities]"], "profile.distributions"),
-        ("geometry", ["experiment=geometry/hull", "sizes=[500,5000]"], "profile.max_points"),
-        ("benchmark", ["benchmark=vision_speed", "benchmark.batches=[1,8]"], "profile.max_batch"),
-        ("benchmark", ["benchmark=vision_speed", "benchmark.models.scenes.options.depth=2"], "profile.model_options"),
+        ("vision", ["evaluation.limit=100"], "profile.vision.max_images"),
+        ("vision", ["evaluation.limit=null"], "profile.vision.max_images"),
+        ("geometry", ["distributions=[circle,cities]"], "profile.geometry.distributions"),
+        ("geometry", ["experiment=geometry/hull", "sizes=[500,5000]"], "profile.geometry.max_points"),
+        ("benchmark", ["benchmark=vision_speed", "benchmark.batches=[1,8]"], f"{VISION_SPEED}.max_batch"),
+        (
+            "benchmark",
+            ["benchmark=vision_speed", "benchmark.models.scenes.options.depth=2"],
+            "profile.vision.speed.model_options",
+        ),
         ("benchmark", ["benchmark=language_speed", "benchmark.dtypes=[bfloat16]"], "profile.language.speed.dtypes"),
-        ("benchmark", ["benchmark.geometry_hull.sizes=[10,5000]"], "profile.max_points"),
+        ("benchmark", ["benchmark.geometry_hull.sizes=[10,5000]"], "profile.geometry.max_points"),
     ],
 )
 def test_what_a_profile_would_not_serve_is_refused(entry, overrides, limit):

@@ -83,7 +83,7 @@ def test_sweeps_say_what_they_vary_and_how_they_are_run(name):
 def test_ready_sweeps_have_all_methods_and_seeds(name, entry, seeds):
     config = hydra.compose(entry, [f"+sweep={name}"])
     varied = params(name)
-    assert sorted(one for (one,) in varied["profile.methods"]) == sorted(config.study.methods)
+    assert sorted(one for (one,) in varied[f"profile.{entry}.methods"]) == sorted(config.study.methods)
     assert varied["study.seeds"] == [[seed] for seed in range(seeds)]
     header = (CONFIGS / "sweep" / f"{name}.yaml").read_text()
     for word in ("# Varies:", "# Run time:", f"make sweep-{name}"):

@@ -79,7 +79,12 @@ def test_a_vision_run(tmp_path):
 
 @pytest.mark.slow
 def test_a_language_run_that_trains(tmp_path):
-    overrides = ["experiment=llm/training", "trainer.steps=2", "profile.training_scale=1", "trainer.warmup_steps=0"]
+    overrides = [
+        "experiment=llm/training",
+        "trainer.steps=2",
+        "profile.language.step_scale=1",
+        "trainer.warmup_steps=0",
+    ]
     overrides += ["evaluation.tasks.needle=null", "evaluation.tasks.summary=null", "profile.language.plans=[window]"]
     values = composed("language", tmp_path, *overrides, f"checkpoints={tmp_path / 'checkpoints'}")
     run = language_experiment.plan_run(values)

@@ -158,11 +158,11 @@ def plan_run(config: Mapping[str, Any]) -> LanguageRun:
     require_fit(config, LANGUAGE)
     profile = config["profile"]
     kept = {key: value for key, value in config.items() if key not in NOT_RECORDED}
-    limits = profile.get("language", {})
-    if limits.get("model") is not None:
+    limits = profile["language"]
+    if limits["model"] is not None:
         kept["model"] = {**kept["model"], **limits["model"]}
     kept["evaluation"] = limited_evaluation(kept["evaluation"], limits)
-    kept["trainer"] = scaled_trainer(kept["trainer"], profile["training_scale"])
+    kept["trainer"] = scaled_trainer(kept["trainer"], limits["step_scale"])
     kept["device"] = chosen_device(config["device"])
     kept["scale"] = profile["name"]
     kept["name"] = _experiment(config["name"], kept["model"])

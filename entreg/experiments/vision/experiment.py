@@ -116,10 +116,10 @@ def plan_run(config: Mapping[str, Any]) -> VisionRun:
     require_fit(config, VISION)
     profile = config["profile"]
     kept = {key: value for key, value in config.items() if key not in NOT_RECORDED}
-    scale = profile["training_scale"]
+    scale = profile["vision"]["step_scale"]
     kept["base"] = {**kept["base"], "trainer": scaled_trainer(kept["base"]["trainer"], scale)}
     kept["trainer"] = scaled_trainer(kept["trainer"], scale)
-    limit = profile.get("max_images")
+    limit = profile["vision"]["max_images"]
     if limit is not None:
         kept["evaluation"] = {**kept["evaluation"], "limit": min(limit, kept["evaluation"]["limit"] or limit)}
     kept["device"] = chosen_device(config["device"])

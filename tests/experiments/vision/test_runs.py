@@ -123,9 +123,9 @@ def test_methods_and_seeds_follow_the_profile(tmp_path):
     whole = hydra.compose("vision").study.methods
     assert {"plain", "ours_a"} <= {run.config["method"] for run in runs} < set(whole)
     assert {run.config["seed"] for run in runs} == {0}
-    runs = planned(tmp_path, "profile.methods=[ball]", "profile.seeds=[4,5]")
+    runs = planned(tmp_path, "profile.vision.methods=[ball]", "profile.seeds=[4,5]")
     assert [(run.config["method"], run.config["seed"]) for run in runs] == [("ball", 4), ("ball", 5)]
-    (run,) = planned(tmp_path, "profile=smoke", "profile.methods=[plain]")
+    (run,) = planned(tmp_path, "profile=smoke", "profile.vision.methods=[plain]")
     assert run.config["scale"] == "smoke"
     assert (run.config["base"]["trainer"]["steps"], run.config["trainer"]["steps"]) == (48, 4)
     assert run.config["evaluation"]["limit"] == 40
@@ -292,7 +292,7 @@ def test_the_papers_vit_command_runs_on_a_miniature(tmp_path):
     done = script(
         "experiment=vit/imagenet",
         *MINIATURE,
-        "profile.methods=[plain,ours_a]",
+        "profile.vision.methods=[plain,ours_a]",
         "evaluation.plans.columns.levels=[0.5]",
         f"data.root={tmp_path / 'data'}",
         "data.subset=true",
@@ -324,7 +324,7 @@ def test_the_papers_cifar_command_runs_on_a_miniature(tmp_path):
     done = script(
         "experiment=cifar/cifar100",
         *MINIATURE,
-        "profile.methods=[plain,ours]",
+        "profile.vision.methods=[plain,ours]",
         "base.trainer.steps=1",
         "base.trainer.warmup_steps=0",
         "base.trainer.batch_size=4",

@@ -127,8 +127,8 @@ def run_language_speed(
         InputError: a context that the model is not made for, or a model with sliding windows; likewise.
         AssetError: a model that cannot be had.
     """
-    limits = profile.get("language") or {}
-    speed = limits.get("speed") or {}
+    limits = profile.get("language", {})
+    speed = limits.get("speed", {})
     configs = [
         {
             "model": name,
