@@ -100,7 +100,7 @@ def run(config: Mapping[str, object], *, command: str = "", scale: str = "offlin
             :func:`surrogate_step`, the first case of each surrogate being the one whose fraction is the headline;
             ``repeats``, counted rounds; ``seed``; ``threads``, None for torch's own choice; ``device``.
         command: what to type to repeat the run.
-        scale: ``smoke``, ``offline`` or ``paper``.
+        scale: one of :data:`entreg.records.SCALES`.
 
     Raises:
         ConfigError: an impossible case, no CUDA device where one is asked for, or timm is missing.

@@ -56,7 +56,7 @@ class GeometryRun:
         seed: of points and training.
         variant: name of the training settings, ``default`` but in a sensitivity study.
         training: settings of network and training.
-        scale: ``smoke``, ``offline`` or ``paper``.
+        scale: one of :data:`entreg.records.SCALES`.
         repeats: most rounds of a timing, at least 1.
         time_budget: seconds for all timed rounds of one size; slow sizes run fewer rounds, at least one.
         tracker: who is told of the run; decides nothing.

@@ -107,7 +107,7 @@ def test_profiles_leave_out_what_they_say(tmp_path):
     levels = {(name, level) for name, level, _ in expand_plans(run.config["evaluation"]["plans"])}
     assert {level for _, level in levels} == {0.75}
     assert ("ours", 0.75) in levels
-    assert run.config["scale"] == "offline"
+    assert run.config["scale"] == "reproduce"
     (run,) = planned(tmp_path, "profile.language.max_context=1100", "profile.language.max_count=3")
     tasks = run.config["evaluation"]["tasks"]
     # Where all contexts are longer, the limit itself is the context.

@@ -190,7 +190,7 @@ def run(
         config: see :func:`run_language_speed`, whose records carry it.
         loaded: its model.
         command: what to type to repeat the run.
-        scale: ``smoke``, ``offline`` or ``paper``.
+        scale: one of :data:`entreg.records.SCALES`.
     """
     start = time.perf_counter()
     device = speed_device(config["device"])

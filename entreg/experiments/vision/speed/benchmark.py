@@ -172,7 +172,7 @@ def run(config: Mapping[str, Any], *, command: str = "", scale: str = "offline")
     Args:
         config: see :func:`run_vision_speed`, whose records carry it.
         command: what to type to repeat the run.
-        scale: ``smoke``, ``offline`` or ``paper``.
+        scale: one of :data:`entreg.records.SCALES`.
     """
     start = time.perf_counter()
     device = speed_device(config["device"])

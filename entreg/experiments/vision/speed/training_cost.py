@@ -119,7 +119,7 @@ def run(config: Mapping[str, Any], *, command: str = "", scale: str = "offline")
     Args:
         config: see :func:`run_training_cost`, whose record carries it.
         command: what to type to repeat the run.
-        scale: ``smoke``, ``offline`` or ``paper``.
+        scale: one of :data:`entreg.records.SCALES`.
     """
     start = time.perf_counter()
     device = speed_device(config["device"])
