@@ -172,8 +172,12 @@ class Verdict:
     @property
     def words(self) -> str:
         """The verdict, what is missing for one (``undecided: more seeds``), and whether a quick run gave it."""
-        told = self.verdict if self.more is None else f"{self.verdict}: more {self.more}"
-        return f"{told} (quick run)" if self.scale == QUICK else told
+        return f"{self.short_words} (quick run)" if self.scale == QUICK else self.short_words
+
+    @property
+    def short_words(self) -> str:
+        """The verdict and what is missing for one."""
+        return self.verdict if self.more is None else f"{self.verdict}: more {self.more}"
 
 
 def load_claims(path: str | os.PathLike[str] | None = None) -> list[Claim]:

@@ -1,6 +1,6 @@
 """Launchers, ready sweeps and the alias of the issue are what their files say."""
 
-import importlib.util
+import importlib
 import re
 import subprocess
 
@@ -12,7 +12,6 @@ from hydra.core.global_hydra import GlobalHydra
 from entreg.cli import CONFIGS
 from entreg.experiments.geometry.experiment import experiment_configs, plan_runs
 from entreg.runs.multirun import sweep_name
-from tests.faults.processes import run_program
 
 LAUNCHERS = sorted(path.stem for path in (CONFIGS / "launcher").glob("*.yaml"))
 SWEEPS = sorted(path.stem for path in (CONFIGS / "sweep").glob("*.yaml"))
@@ -40,10 +39,10 @@ def params(name):
 
 
 def test_launchers_are_those_of_the_issue():
-    assert LAUNCHERS == ["basic", "joblib", "ray", "submitit_local", "submitit_slurm"]
+    assert LAUNCHERS == ["basic", "joblib", "submitit_local", "submitit_slurm"]
 
 
-@pytest.mark.parametrize("name", [name for name in LAUNCHERS if name != "ray"])
+@pytest.mark.parametrize("name", LAUNCHERS)
 @pytest.mark.parametrize("entry", ["vision", "language", "geometry"])
 def test_launchers_compose_with_every_script(name, entry):
     config = hydra.compose(entry, [f"launcher={name}"], return_hydra_config=True)
@@ -58,16 +57,6 @@ def test_launchers_compose_with_every_script(name, entry):
         # Further options of the plugin are there to be set.
         again = hydra.compose(entry, [f"launcher={name}", "hydra.launcher.qos=high"], return_hydra_config=True)
         assert again.hydra.launcher.qos == "high"
-
-
-@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
-def test_ray_is_asked_for_in_one_sentence(tmp_path):
-    done = run_program("scripts/geometry.py", "-m", "launcher=ray", "seeds=[0],[1]", f"store={tmp_path}")
-    assert done.returncode == 2
-    assert done.stderr == (
-        "Error: hydra/launcher=ray needs the package hydra-ray-launcher, which is not installed: see docs/sweeps.md.\n"
-    )
-    assert "hydra-ray-launcher" in (CONFIGS.parent / "docs" / "sweeps.md").read_text()
 
 
 @pytest.mark.parametrize("name", SWEEPS)
