@@ -74,7 +74,7 @@ _STUDY = {
         "distillation": _WEIGHT,
         "temperature": POSITIVE,
     },
-    "study": {"methods": {"*": list[str]}, "seeds": _OPTIONAL_SEEDS},
+    "study": {"methods": {"*": list[str]}, "plans": [_NAMES, None], "seeds": _OPTIONAL_SEEDS},
 }
 
 _VISION_DATA = {

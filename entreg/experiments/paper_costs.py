@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 
 from entreg.adapters.language_models import ARCHITECTURES
 from entreg.data.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS
+from entreg.experiments.chosen_plans import chosen_plans
 from entreg.experiments.language import evaluation as language_evaluation
 from entreg.experiments.vision import evaluation as vision_evaluation
 from entreg.records.formatting import number
@@ -214,6 +215,7 @@ def paper_experiment(name: str) -> Experiment:
     runs = []
     for words in methods.values():
         one = OmegaConf.to_container(hydra.compose(entry, [*overrides, *words]), resolve=True)
+        one["evaluation"]["plans"] = chosen_plans(one)
         runs += [(_vision_pieces if entry == "vision" else _language_pieces)(name, one)] * len(seeds)
     trained = 0
     if config["trainer"]["steps"] > 0:

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from entreg.cli import CONFIGS, FAMILIES
 from entreg.data.points import POINT_SETS
 from entreg.errors import ConfigError
+from entreg.experiments.chosen_plans import chosen_plans, require_typed_plans
 from entreg.experiments.config_schemas import SCHEMAS
 from entreg.names import require_known
 from entreg.schema import require_arguments, require_fit
@@ -128,6 +129,8 @@ def check_values(config: Mapping[str, Any], overrides: Sequence[str], entry: str
         for key, benchmark in _benchmarks(config):
             _require_arguments(key, benchmark)
     typed = _typed_keys(overrides)
+    if entry in ("vision", "language"):
+        require_typed_plans(config, typed)
     _check_lists(config, typed, entry)
     _check_limits(config, typed, entry)
 
@@ -188,7 +191,7 @@ def _methods(config: Mapping[str, Any]) -> Collection[str] | None:
 
 def _plans(config: Mapping[str, Any], entry: str) -> Collection[str] | None:
     if entry == "language":
-        return [name for name, plan in config["evaluation"]["plans"].items() if plan is not None]
+        return [name for name, plan in chosen_plans(config).items() if plan is not None]
     models = [one.get("models") for _, one in _benchmarks(config)] if entry == "benchmark" else []
     # The plans of the vision benchmark are no business of language.plans.
     found = [model for some in models if some for model in some.values() if "source" in model]
@@ -198,7 +201,7 @@ def _plans(config: Mapping[str, Any], entry: str) -> Collection[str] | None:
 def _levels(config: Mapping[str, Any], entry: str) -> Collection[float] | None:
     if entry != "language":
         return None
-    plans = [plan for plan in config["evaluation"]["plans"].values() if plan is not None]
+    plans = [plan for plan in chosen_plans(config).values() if plan is not None]
     return list(dict.fromkeys(level for plan in plans for level in plan.get("levels") or []))
 
 

@@ -374,6 +374,32 @@ def test_missing_data_and_models_are_one_sentence_before_any_run(
     assert not list((tmp_path / "runs").rglob("*.*"))
 
 
+def test_a_run_evaluates_the_plans_that_its_method_names():
+    overrides = ["experiment=vit/token_rivals", "profile.vision.methods=[merging_a]", "study.seeds=[0]"]
+    (config,) = study_configs(hydra.compose("vision", overrides), overrides, "vision")
+    run = vision_experiment.plan_run(config)
+    plans = run.config["evaluation"]["plans"]
+    assert [name for name, plan in plans.items() if plan is not None] == ["merging_most", "merging_less"]
+    run = language_experiment.plan_run(typed("language", "experiment=llm/training"))
+    assert list(run.config["evaluation"]["plans"]) == ["ours", "window"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["study.plans=[ours,windw]"], "unknown plan 'windw' of study.plans, .*; did you mean 'window'"),
+        (
+            ["evaluation.plans.oracle.levels=[0.5]"],
+            "evaluation.plans.oracle.levels would not be served: .* study.plans",
+        ),
+        (["profile.language.plans=[oracle]"], "unknown plan 'oracle' of profile.language.plans"),
+    ],
+)
+def test_a_plan_that_is_not_evaluated_is_not_asked_for(overrides, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        checked("language", "experiment=llm/training", *overrides)
+
+
 def test_a_geometry_study_names_experiments():
     with pytest.raises(ConfigError, match=r"unknown experiment 'hul' of study, .*; did you mean 'hull'"):
         geometry_experiment.experiment_configs(OmegaConf.create(typed("geometry", "study=[hul]")), ["study=[hul]"])

@@ -31,6 +31,7 @@ from entreg.atomic import require_writable
 from entreg.data.language_tasks import token_windows
 from entreg.data.text import Corpus, require_corpus
 from entreg.errors import ConfigError
+from entreg.experiments.chosen_plans import chosen_plans
 from entreg.experiments.config_schemas import LANGUAGE
 from entreg.experiments.language.evaluation import (
     check_evaluation,
@@ -161,7 +162,7 @@ def plan_run(config: Mapping[str, Any]) -> LanguageRun:
     limits = profile["language"]
     if limits["model"] is not None:
         kept["model"] = {**kept["model"], **limits["model"]}
-    kept["evaluation"] = limited_evaluation(kept["evaluation"], limits)
+    kept["evaluation"] = limited_evaluation({**kept["evaluation"], "plans": chosen_plans(config)}, limits)
     kept["trainer"] = scaled_trainer(kept["trainer"], limits["step_scale"])
     kept["device"] = chosen_device(config["device"])
     kept["scale"] = profile["name"]

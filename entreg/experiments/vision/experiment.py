@@ -22,6 +22,7 @@ from entreg.adapters.timm_models import require_architecture
 from entreg.atomic import require_writable
 from entreg.data.vision_sets import check_vision_dataset, describe_dataset
 from entreg.errors import ConfigError
+from entreg.experiments.chosen_plans import chosen_plans
 from entreg.experiments.config_schemas import VISION
 from entreg.experiments.studies import NOT_RECORDED, chosen_device, last_step, scaled_trainer
 from entreg.experiments.tracked_runs import tracked_run
@@ -119,6 +120,7 @@ def plan_run(config: Mapping[str, Any]) -> VisionRun:
     scale = profile["vision"]["step_scale"]
     kept["base"] = {**kept["base"], "trainer": scaled_trainer(kept["base"]["trainer"], scale)}
     kept["trainer"] = scaled_trainer(kept["trainer"], scale)
+    kept["evaluation"] = {**kept["evaluation"], "plans": chosen_plans(config)}
     limit = profile["vision"]["max_images"]
     if limit is not None:
         kept["evaluation"] = {**kept["evaluation"], "limit": min(limit, kept["evaluation"]["limit"] or limit)}
