@@ -297,7 +297,7 @@ def current_records(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def told_records(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Records that tables, figures and verdicts may rest on, by their identifiers.
+    """Return the records that tables, figures and verdicts may rest on, in the order of their identifiers.
 
     Smoke runs mean nothing. A quick run (``reproduce``) counts only where no larger one of its experiment is there, so
     that the two are never mixed.
