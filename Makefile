@@ -26,7 +26,7 @@ CNN ?=
 OVERRIDES ?=
 # Folder of tracked runs: tracker.directory of their configurations.
 TRACKED ?= outputs
-# Of the sweeps: how many runs at a time, Hydra's launcher (basic, joblib, submitit_local, submitit_slurm, ray), and the
+# Of the sweeps: how many runs at a time, Hydra's launcher (basic, joblib, submitit_local, submitit_slurm), and the
 # folder of records that make status looks at.
 JOBS ?=
 LAUNCHER ?= $(if $(filter-out 1,$(JOBS)),joblib,basic)

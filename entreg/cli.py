@@ -32,7 +32,7 @@ INTERRUPTED = 130
 _CALLBACK = "+hydra.callbacks.sweep._target_=entreg.runs.multirun.RegisterSweep"
 """An override of every script, by which Hydra tells of a multirun."""
 
-_FAMILIES = {"geometry": "geometry", "llm": "language", "vit": "train", "cifar": "train"}
+FAMILIES = {"geometry": "geometry", "llm": "language", "vit": "vision", "cifar": "vision"}
 """Folder in ``configs/experiment`` to the entry configuration that its experiments are for."""
 
 _PLUGINS = {
@@ -196,11 +196,10 @@ def _refuse_others_experiments(config_name: str, folder: Path) -> None:
         if key != "experiment":
             continue
         for name in value.split(","):
-            entry = _FAMILIES.get(name.strip().partition("/")[0], config_name)
+            entry = FAMILIES.get(name.strip().partition("/")[0], config_name)
             if entry != config_name and name.strip() in _options(folder, key):
-                script = {"train": "vision"}.get(entry, entry)
                 raise ConfigError(
-                    f"experiment={name.strip()} is for scripts/{script}.py; the experiments of this script are "
+                    f"experiment={name.strip()} is for scripts/{entry}.py; the experiments of this script are "
                     f"{', '.join(_options(folder, key, config_name))}."
                 )
 
@@ -301,7 +300,7 @@ def _options(folder: Path, group: str, config_name: str | None = None) -> list[s
     names = [path.relative_to(folder / group).with_suffix("").as_posix() for path in sorted(files)]
     if group != "experiment" or config_name is None:
         return names
-    return [name for name in names if _FAMILIES.get(name.partition("/")[0], config_name) == config_name]
+    return [name for name in names if FAMILIES.get(name.partition("/")[0], config_name) == config_name]
 
 
 def _groups(folder: Path) -> list[str]:

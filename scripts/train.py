@@ -20,10 +20,10 @@ from entreg.runs.multirun import is_multirun
 from entreg.runs.objective import Objective
 
 
-@hydra_main("train", checked=(*CHECKED, "objective.where"), shared=True)
+@hydra_main("vision", checked=(*CHECKED, "objective.where"), shared=True)
 def main(config: DictConfig) -> float | None:
     objective = Objective.from_mapping(config.objective)
-    run = plan_run(checked_config(config, HydraConfig.get().overrides.task, "train"))
+    run = plan_run(checked_config(config, HydraConfig.get().overrides.task, "vision"))
     records = run_all([run], store=config.store, command=command_line(), force=config.force)
     if not is_multirun():
         # The tables of one job of many say little and take long; see scripts/status.py and scripts/tables.py.

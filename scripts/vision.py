@@ -18,10 +18,10 @@ from entreg.runs.multirun import is_multirun
 from entreg.runs.objective import Objective
 
 
-@hydra_main("train", checked=(*CHECKED, "objective.where"), shared=True)
+@hydra_main("vision", checked=(*CHECKED, "objective.where"), shared=True)
 def main(config: DictConfig) -> float | None:
     objective = Objective.from_mapping(config.objective)
-    runs = [plan_run(one) for one in study_configs(config, HydraConfig.get().overrides.task)]
+    runs = [plan_run(one) for one in study_configs(config, HydraConfig.get().overrides.task, "vision")]
     records = run_all(runs, store=config.store, command=command_line(), force=config.force)
     if not is_multirun():
         # The tables of one job of many say little and take long; see scripts/status.py and scripts/tables.py.

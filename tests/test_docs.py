@@ -185,15 +185,15 @@ def single_jobs(arguments):
 
 def plan(script, arguments):
     """Everything that the script would refuse before it starts, and the runs that it would do."""
-    entry = {"vision": "train"}.get(Path(script).stem, Path(script).stem)
+    entry = {"train": "vision"}.get(Path(script).stem, Path(script).stem)
     if not (CONFIGS / f"{entry}.yaml").exists():
         return [None]
     if entry != "benchmark" and script != "scripts/train.py" and "geometry" not in script:
         # Seeds differ in nothing but the seed, and tests/experiments looks at all methods: the first one is enough.
         arguments = [*arguments, "study.seeds=[0]"]
-        if not any(one.startswith("profile.methods=") for one in arguments):
+        if not any(one.startswith(f"profile.{entry}.methods=") for one in arguments):
             first = next(iter(hydra.compose(entry, arguments).study.methods))
-            arguments = [*arguments, f"profile.methods=[{first}]"]
+            arguments = [*arguments, f"profile.{entry}.methods=[{first}]"]
     config = hydra.compose(entry, arguments)
     if entry == "benchmark":
         chosen = checked_config(config, arguments, entry)["benchmark"]
@@ -203,7 +203,7 @@ def plan(script, arguments):
     if entry == "geometry":
         found = geometry_experiment.experiment_configs(config, arguments)
         return [run for one in found for run in geometry_experiment.plan_runs(one)]
-    planned = {"train": vision_experiment, "language": language_experiment}[entry].plan_run
+    planned = {"vision": vision_experiment, "language": language_experiment}[entry].plan_run
     return [planned(one) for one in study_configs(config, arguments, entry)]
 
 

@@ -20,29 +20,31 @@ _OPTIONAL_SEEDS = [SEEDS, None]
 
 PROFILE = {
     "name": str,
-    "max_points": COUNT,
     "repeats": COUNT,
     "seeds": SEEDS,
-    "time_scale": POSITIVE,
-    "training_scale": POSITIVE,
-    "max_images": [COUNT, None],
-    "max_batch": COUNT,
-    "model_options": dict,
-    "methods": [_NAMES, None],
-    "experiments": [_NAMES, None],
-    "distributions": [_NAMES, None],
     # YAML reads a bare off as false.
     "tracking": str | bool,
+    "geometry": {
+        "max_points": COUNT,
+        "experiments": [_NAMES, None],
+        "distributions": [_NAMES, None],
+        "step_scale": POSITIVE,
+    },
+    "vision": {
+        "max_images": [COUNT, None],
+        "methods": [_NAMES, None],
+        "step_scale": POSITIVE,
+        "speed": {"max_batch": [COUNT, None], "model_options": dict},
+    },
     "language": {
         "max_count": [COUNT, None],
         "max_context": [COUNT, None],
+        "methods": [_NAMES, None],
         "plans": [_NAMES, None],
         "levels": [_LEVELS, None],
+        "step_scale": POSITIVE,
         "model": [{"name": str | None, "architecture": str | None, "options": dict, "dtype": str}, None],
-        "speed": [
-            {"max_context": [COUNT, None], "cell_seconds": [POSITIVE, None], "dtypes": [_NAMES, None]},
-            None,
-        ],
+        "speed": {"max_context": [COUNT, None], "cell_seconds": [POSITIVE, None], "dtypes": [_NAMES, None]},
     },
 }
 
@@ -72,7 +74,7 @@ _STUDY = {
         "distillation": _WEIGHT,
         "temperature": POSITIVE,
     },
-    "study": {"methods": {"*": list[str]}, "seeds": _OPTIONAL_SEEDS},
+    "study": {"methods": {"*": list[str]}, "plans": [_NAMES, None], "seeds": _OPTIONAL_SEEDS},
 }
 
 _VISION_DATA = {
@@ -89,7 +91,7 @@ _VISION_DATA = {
     "augmentation": dict | None,
 }
 
-TRAIN = {
+VISION = {
     **_STUDY,
     "data": _VISION_DATA,
     "model": {
@@ -168,7 +170,7 @@ GEOMETRY = {
 BENCHMARK: dict[str, Any] = {"benchmark": dict, "profile": PROFILE, "store": str, "force": bool}
 
 SCHEMAS: dict[str, dict[str, Any]] = {
-    "train": TRAIN,
+    "vision": VISION,
     "language": LANGUAGE,
     "geometry": GEOMETRY,
     "benchmark": BENCHMARK,

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 
 from entreg.adapters.language_models import ARCHITECTURES
 from entreg.data.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS
+from entreg.experiments.chosen_plans import chosen_plans
 from entreg.experiments.language import evaluation as language_evaluation
 from entreg.experiments.vision import evaluation as vision_evaluation
 from entreg.records.formatting import number
@@ -31,8 +32,8 @@ GPUS = (1, 8, 64)
 """Numbers of GPUs that the tables show."""
 
 EXPERIMENTS = {
-    "vit/imagenet": "train",
-    "cifar/cifar100": "train",
+    "vit/imagenet": "vision",
+    "cifar/cifar100": "vision",
     "llm/llama_2_7b": "language",
     "llm/mistral_7b": "language",
     "llm/phi_2": "language",
@@ -214,13 +215,14 @@ def paper_experiment(name: str) -> Experiment:
     runs = []
     for words in methods.values():
         one = OmegaConf.to_container(hydra.compose(entry, [*overrides, *words]), resolve=True)
-        runs += [(_vision_pieces if entry == "train" else _language_pieces)(name, one)] * len(seeds)
+        one["evaluation"]["plans"] = chosen_plans(one)
+        runs += [(_vision_pieces if entry == "vision" else _language_pieces)(name, one)] * len(seeds)
     trained = 0
     if config["trainer"]["steps"] > 0:
-        vision = entry == "train"
+        vision = entry == "vision"
         trained = parameters(_empty_vision_model(config["model"]) if vision else empty_decoder(name.split("/")[1]))
     kept = config["trainer"]["keep_checkpoints"]
-    if entry == "train" and config["base"]["trainer"]["steps"] > 0:
+    if entry == "vision" and config["base"]["trainer"]["steps"] > 0:
         # The dense model of a seed is trained once, and shared by its methods.
         base = _training(config["base"]["trainer"], config["model"]["name"], "plain")
         runs += [[base]] * len(seeds)

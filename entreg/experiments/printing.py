@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from entreg.records.claims import judge_all, load_claims
+from entreg.records.claims import QUICK, judge_all, load_claims
 from entreg.records.reference import Basis, compare_with_reference
 from entreg.records.registry import discover
 from entreg.records.store import REFERENCE_ROOT, RecordStore
@@ -96,7 +96,7 @@ def verdict_lines(records: Sequence[Mapping[str, Any]], prefixes: Sequence[str])
             claim.paper_value,
             _without_interval(verdict.measured),
             reference.get(claim.id, MISSING),
-            f"{verdict.words}, paper's scale" if scale == "paper" else verdict.words,
+            f"{verdict.short_words}, paper's scale" if scale == "paper" else verdict.short_words,
         ]
         for claim, at in zip(claims, judge_all(claims, judged), strict=True)
         for scale, verdict in at.items()
@@ -104,7 +104,9 @@ def verdict_lines(records: Sequence[Mapping[str, Any]], prefixes: Sequence[str])
     ]
     if not rows:
         return []
+    quick = any(record["scale"] == QUICK for record in judged)
     where = [
+        *(["This was a quick run; the reference's numbers come from whole studies."] if quick else []),
         "Why, rules and commands: results/tables/claims.md for the reference;",
         "for your own runs: make tables RECORDS=outputs/runs writes outputs/tables/claims.md.",
     ]

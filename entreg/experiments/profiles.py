@@ -18,9 +18,10 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from entreg.cli import CONFIGS
+from entreg.cli import CONFIGS, FAMILIES
 from entreg.data.points import POINT_SETS
 from entreg.errors import ConfigError
+from entreg.experiments.chosen_plans import chosen_plans, require_typed_plans
 from entreg.experiments.config_schemas import SCHEMAS
 from entreg.names import require_known
 from entreg.schema import require_arguments, require_fit
@@ -71,11 +72,11 @@ def _never(value: Any, replacement: Any) -> bool:
 
 
 _LIMITS = (
-    _Limit("study", "experiments", _only, "leaves a part of it out", "geometry"),
-    _Limit("distributions", "distributions", _only, "leaves a part of it out", "geometry"),
-    _Limit("sizes", "max_points", _at_most, "cuts it"),
-    _Limit("sizes_of.*", "max_points", _at_most, "cuts it"),
-    _Limit("evaluation.limit", "max_images", _at_most, "cuts it"),
+    _Limit("study", "geometry.experiments", _only, "leaves a part of it out", "geometry"),
+    _Limit("distributions", "geometry.distributions", _only, "leaves a part of it out", "geometry"),
+    _Limit("sizes", "geometry.max_points", _at_most, "cuts it"),
+    _Limit("sizes_of.*", "geometry.max_points", _at_most, "cuts it"),
+    _Limit("evaluation.limit", "vision.max_images", _at_most, "cuts it"),
     _Limit("evaluation.tasks.*.count", "language.max_count", _at_most, "cuts it"),
     _Limit("evaluation.tasks.*.contexts", "language.max_context", _at_most, "cuts it"),
     _Limit(
@@ -91,12 +92,12 @@ _LIMITS = (
         _Limit(f"model.{key}", f"language.model.{key}", _same, "replaces it", "language")
         for key in ("architecture", "options", "dtype")
     ),
-    _Limit("benchmark.sizes", "max_points", _at_most, "leaves a part of it out"),
-    _Limit("benchmark.*.sizes", "max_points", _at_most, "leaves a part of it out"),
-    _Limit("benchmark.batches", "max_batch", _at_most, "leaves a part of it out"),
-    _Limit("benchmark.batch", "max_batch", _at_most, "cuts it"),
-    _Limit("benchmark.options", "model_options", _same, "replaces a part of it"),
-    _Limit("benchmark.models.*.options", "model_options", _same, "replaces a part of it"),
+    _Limit("benchmark.sizes", "geometry.max_points", _at_most, "leaves a part of it out"),
+    _Limit("benchmark.*.sizes", "geometry.max_points", _at_most, "leaves a part of it out"),
+    _Limit("benchmark.batches", "vision.speed.max_batch", _at_most, "leaves a part of it out"),
+    _Limit("benchmark.batch", "vision.speed.max_batch", _at_most, "cuts it"),
+    _Limit("benchmark.options", "vision.speed.model_options", _same, "replaces a part of it"),
+    _Limit("benchmark.models.*.options", "vision.speed.model_options", _same, "replaces a part of it"),
     _Limit("benchmark.models.*.source", "language.model", _same, "replaces it"),
     _Limit("benchmark.phases.*.contexts", "language.speed.max_context", _at_most, "cuts it"),
     _Limit("benchmark.cell_seconds", "language.speed.cell_seconds", _same, "replaces it"),
@@ -128,6 +129,8 @@ def check_values(config: Mapping[str, Any], overrides: Sequence[str], entry: str
         for key, benchmark in _benchmarks(config):
             _require_arguments(key, benchmark)
     typed = _typed_keys(overrides)
+    if entry in ("vision", "language"):
+        require_typed_plans(config, typed)
     _check_lists(config, typed, entry)
     _check_limits(config, typed, entry)
 
@@ -166,9 +169,9 @@ def _require_arguments(key: str, benchmark: Mapping[str, Any]) -> None:
 def _check_lists(config: Mapping[str, Any], typed: Collection[str], entry: str) -> None:
     """The names in the profile's lists."""
     for key, what, own in (
-        ("methods", "method", _methods(config)),
-        ("experiments", "experiment", config.get("study") if entry == "geometry" else None),
-        ("distributions", "distribution", config.get("distributions")),
+        (f"{entry}.methods", "method", _methods(config)),
+        ("geometry.experiments", "experiment", config.get("study") if entry == "geometry" else None),
+        ("geometry.distributions", "distribution", config.get("distributions")),
         ("language.plans", "plan", _plans(config, entry)),
         ("language.levels", "level", _levels(config, entry)),
     ):
@@ -188,7 +191,7 @@ def _methods(config: Mapping[str, Any]) -> Collection[str] | None:
 
 def _plans(config: Mapping[str, Any], entry: str) -> Collection[str] | None:
     if entry == "language":
-        return [name for name, plan in config["evaluation"]["plans"].items() if plan is not None]
+        return [name for name, plan in chosen_plans(config).items() if plan is not None]
     models = [one.get("models") for _, one in _benchmarks(config)] if entry == "benchmark" else []
     # The plans of the vision benchmark are no business of language.plans.
     found = [model for some in models if some for model in some.values() if "source" in model]
@@ -198,13 +201,13 @@ def _plans(config: Mapping[str, Any], entry: str) -> Collection[str] | None:
 def _levels(config: Mapping[str, Any], entry: str) -> Collection[float] | None:
     if entry != "language":
         return None
-    plans = [plan for plan in config["evaluation"]["plans"].values() if plan is not None]
+    plans = [plan for plan in chosen_plans(config).values() if plan is not None]
     return list(dict.fromkeys(level for plan in plans for level in plan.get("levels") or []))
 
 
 def _everywhere(key: str, entry: str, wanted: Collection[Any]) -> Collection[Any]:
     """What a list of a profile's file may name beside what the configuration at hand has."""
-    if key == "distributions":
+    if key == "geometry.distributions":
         return POINT_SETS
     if key == "language.levels":
         return [level for level in wanted if 0 <= level < 1]
@@ -213,20 +216,23 @@ def _everywhere(key: str, entry: str, wanted: Collection[Any]) -> Collection[Any
 
 @lru_cache
 def _names_in_files(key: str) -> tuple[str, ...]:
-    """The methods, experiments or plans that any file in ``configs`` has."""
-    if key == "experiments":
-        return tuple(path.stem for path in (CONFIGS / "experiment").rglob("*.yaml"))
-    files = [
-        *CONFIGS.glob("*.yaml"),
-        *(CONFIGS / "experiment").rglob("*.yaml"),
-        *(CONFIGS / "benchmark").glob("*.yaml"),
+    """The methods, experiments or plans that any of the family's files in ``configs`` has."""
+    family = key.partition(".")[0]
+    experiments = [
+        path
+        for folder, entry in FAMILIES.items()
+        if entry == family
+        for path in sorted((CONFIGS / "experiment" / folder).glob("*.yaml"))
     ]
+    if key == "geometry.experiments":
+        return tuple(path.stem for path in experiments)
+    files = [CONFIGS / f"{family}.yaml", *experiments, *(CONFIGS / "benchmark").glob("*.yaml")]
     # OmegaConf takes a second for all of them, where libyaml's loader does not; both make plain values only.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     contents = [loader(path.read_text(encoding="utf-8")).get_single_data() for path in files]
     names: list[str] = []
     for content in contents:
-        if key == "methods":
+        if key.endswith(".methods"):
             found = content["study"].get("methods") if isinstance(content.get("study"), dict) else None
             names += found or []
         else:

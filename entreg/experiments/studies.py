@@ -54,7 +54,7 @@ class Run(Protocol):
         ...
 
 
-def study_configs(config: DictConfig, overrides: Sequence[str], entry: str = "train") -> list[dict[str, Any]]:
+def study_configs(config: DictConfig, overrides: Sequence[str], entry: str) -> list[dict[str, Any]]:
     """The resolved configuration of every method and seed of a study, seeds outermost.
 
     Each is composed anew with the same overrides, the method's own and the seed, so that a study is nothing but many
@@ -72,7 +72,7 @@ def study_configs(config: DictConfig, overrides: Sequence[str], entry: str = "tr
     from entreg.experiments.profiles import checked_config
 
     plain = checked_config(config, overrides, entry)
-    methods, allowed = plain["study"]["methods"], plain["profile"].get("methods")
+    methods, allowed = plain["study"]["methods"], plain["profile"][entry]["methods"]
     names = [name for name in methods if allowed is None or name in allowed] or list(methods)[:1]
     if not names:
         raise ConfigError(f"experiment {config.name} has no study.methods; run it with scripts/train.py")

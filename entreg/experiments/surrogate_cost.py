@@ -100,7 +100,7 @@ def run(config: Mapping[str, object], *, command: str = "", scale: str = "offlin
             :func:`surrogate_step`, the first case of each surrogate being the one whose fraction is the headline;
             ``repeats``, counted rounds; ``seed``; ``threads``, None for torch's own choice; ``device``.
         command: what to type to repeat the run.
-        scale: ``smoke``, ``offline`` or ``paper``.
+        scale: one of :data:`entreg.records.SCALES`.
 
     Raises:
         ConfigError: an impossible case, no CUDA device where one is asked for, or timm is missing.
@@ -213,7 +213,7 @@ def run_regularizer_cost(
     Args:
         batch: point sets per call.
         tokens, dims, cells: see :func:`cost_cases`; the first of each is the headline case.
-        profile: the configuration group ``profile`` (``name``, ``max_points``, ``repeats``, ``seeds``).
+        profile: the configuration group ``profile`` (``name``, ``repeats``, ``seeds``).
         store: folder of the records.
         command: what to type to repeat the run.
         threads: CPU threads; None for torch's own choice.
@@ -231,7 +231,7 @@ def run_regularizer_cost(
             raise ConfigError(f"{name} must start with a positive number and hold no other, got {list(values)}")
     config = {
         "batch": batch,
-        "cases": cost_cases([n for n in tokens if n <= profile["max_points"]] or [tokens[0]], dims, cells),
+        "cases": cost_cases(tokens, dims, cells),
         "repeats": profile["repeats"],
         "seed": profile["seeds"][0],
         "threads": threads,

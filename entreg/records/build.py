@@ -18,6 +18,7 @@ from entreg.records.claims import (
     readme_table,
     tally_sentence,
 )
+from entreg.records.record import told_records
 from entreg.records.store import RecordStore
 
 README_BLOCKS = ("tally", "claims")
@@ -53,9 +54,9 @@ def build_all(
 ) -> BuildReport:
     """Writes ``report.html``, ``tables/*.md``, ``.csv`` and ``.tex``, ``figures/*.png`` and ``.svg`` under ``out_dir``.
 
-    Records of scale ``smoke`` are left out. Files that are as they should be are not touched. Tables count as equal
-    when their text is; figures when they show the same data (:func:`entreg.records.figures.fingerprint`), because
-    pixels depend on the version of matplotlib.
+    Of the records :func:`~entreg.records.record.told_records` count. Files that are as they should be are not touched.
+    Tables count as equal when their text is; figures when they show the same data
+    (:func:`entreg.records.figures.fingerprint`), because pixels depend on the version of matplotlib.
 
     Args:
         records: from :meth:`RecordStore.load_all`.
@@ -69,7 +70,7 @@ def build_all(
         OutputError: a file cannot be written, or the README lacks the markers.
     """
     registry.discover()
-    usable = sorted((dict(r) for r in records if r["scale"] != "smoke"), key=lambda record: record["id"])
+    usable = told_records(records)
     claims = load_claims()
     verdicts = judge_all(claims, usable)
     built = _built_tables(usable)

@@ -19,6 +19,8 @@ from entreg.records.registry import Registry
 from entreg.records.tables import GENERATED, Table, TracedRow, provenance
 
 JUDGED_SCALES = ("offline", "paper")
+QUICK = "reproduce"
+"""A smaller offline run, judged by the offline rules; it stands in for an offline one that was not run."""
 GRADES = ("not reproduced", "partly", "reproduced", "exceeded")
 """What a number alone comes to, worst first."""
 NOT_CREDITED, UNDECIDED, NOT_COMPARABLE = "not credited", "undecided", "not comparable"
@@ -94,7 +96,10 @@ class Standard:
 
 @dataclass(frozen=True)
 class Claim:
-    """One row of ``claims.yaml``; the file's head explains the fields. ``standards`` holds one per scale."""
+    """One row of ``claims.yaml``; the file's head explains the fields.
+
+    ``standards`` and ``commands`` hold one per scale.
+    """
 
     id: str
     family: str
@@ -116,7 +121,7 @@ class Evidence:
     Attributes:
         value: the claim's quantity, in the unit of its standard at this scale.
         interval: the range that the value may lie in, or None.
-        scale: ``offline`` or ``paper``.
+        scale: ``reproduce``, ``offline`` or ``paper``.
         record_ids: the records that it rests on.
         reason: a computed half-sentence that explains the value, for example ``classical filter alone: 18.3x``.
         unit: must be the standard's unit: guards against fractions where per cent are meant.
@@ -146,7 +151,7 @@ class Verdict:
 
     Attributes:
         claim_id: the claim.
-        scale: ``offline`` or ``paper``.
+        scale: ``reproduce``, ``offline`` or ``paper``.
         verdict: one of :data:`VERDICTS`.
         measured: the value as text, a dash when not run.
         reason: why, or the command to run when not run.
@@ -166,7 +171,12 @@ class Verdict:
 
     @property
     def words(self) -> str:
-        """The verdict, and what is missing for one: ``undecided: more seeds``."""
+        """The verdict, what is missing for one (``undecided: more seeds``), and whether a quick run gave it."""
+        return f"{self.short_words} (quick run)" if self.scale == QUICK else self.short_words
+
+    @property
+    def short_words(self) -> str:
+        """The verdict and what is missing for one."""
         return self.verdict if self.more is None else f"{self.verdict}: more {self.more}"
 
 
@@ -287,9 +297,12 @@ def judge_all(claims: Sequence[Claim], records: Sequence[Mapping[str, Any]]) -> 
     """Every claim's verdict at every scale, in the order of the claims.
 
     Returns:
-        One dictionary per claim: ``{"offline": Verdict, "paper": Verdict}``.
+        One dictionary per claim: ``{"offline": Verdict, "paper": Verdict}``. Where there is no offline evidence, the
+        first is that of the quick runs, if there are any.
     """
-    return [{scale: _judge_at(claim, records, scale) for scale in JUDGED_SCALES} for claim in claims]
+    return [
+        {"offline": _judge_offline(claim, records), "paper": _judge_at(claim, records, "paper")} for claim in claims
+    ]
 
 
 def with_unit(value: float, unit: str) -> str:
@@ -314,7 +327,7 @@ def claims_table(claims: Sequence[Claim], verdicts: Sequence[Mapping[str, Verdic
                 at["paper"].measured,
                 at["paper"].words,
                 why(claim, at),
-                *(f"`{claim.commands[name]}`" for name in ("offline", "quick", "paper")),
+                *(f"`{claim.commands[name]}`" for name in ("offline", QUICK, "paper")),
             ],
             [key for verdict in at.values() for key in verdict.record_ids],
         )
@@ -380,7 +393,7 @@ def claims_page(
             if verdict.verdict == NOT_RUN:
                 lines.append(f"{_SCALES[scale]}: {NOT_RUN}; `{claim.commands[scale]}`.")
                 continue
-            standard = claim.standards[scale]
+            standard = claim.standards[verdict.scale]
             marked = _marked(claim, verdict)
             lines.append(f"{_SCALES[scale]}: {marked}, **{verdict.words}**.")
             if standard.stand_in is not None:
@@ -391,8 +404,8 @@ def claims_page(
             count = len(verdict.record_ids)
             taken = seconds(sum(seconds_of.get(key, 0.0) for key in verdict.record_ids))
             records_took = "record, which took" if count == 1 else "records, which took"
-            lines.append(f"This number: `{claim.commands[scale]}`; it rests on {count} {records_took} {taken}.")
-        lines.append(f"A smaller run in minutes, with a number of its own: `{claim.commands['quick']}`.")
+            lines.append(f"This number: `{claim.commands[verdict.scale]}`; it rests on {count} {records_took} {taken}.")
+        lines.append(f"A smaller run in minutes, with a number of its own: `{claim.commands[QUICK]}`.")
         parts.append("\n".join(f"- {line}" for line in lines) + "\n")
     used = sorted({key for at in verdicts for verdict in at.values() for key in verdict.record_ids})
     footer = provenance(records, used) if used else []
@@ -485,6 +498,12 @@ def _how_to_run(claim: Claim, scale: str) -> str:
     return f"{built} {claim.commands[scale]}"
 
 
+def _judge_offline(claim: Claim, records: Sequence[Mapping[str, Any]]) -> Verdict:
+    whole = _judge_at(claim, records, "offline")
+    quick = _judge_at(claim, records, QUICK) if whole.verdict == NOT_RUN else whole
+    return whole if quick.verdict == NOT_RUN else quick
+
+
 def _judge_at(claim: Claim, records: Sequence[Mapping[str, Any]], scale: str) -> Verdict:
     entry = measure_registry.get(claim.measure)
     if entry is None:
@@ -517,8 +536,8 @@ def _check(claim: Claim, evidence: Evidence) -> None:
     numbers += [one for one in (evidence.alternative, evidence.control, evidence.noise) if one is not None]
     if not all(math.isfinite(value) for value in numbers):
         raise InputError(f"The evidence for {claim.id!r} is not finite; return None when nothing was measured.")
-    if evidence.scale not in JUDGED_SCALES:
-        raise InputError(f"Verdicts exist at the scales {' and '.join(JUDGED_SCALES)}, not {evidence.scale!r}.")
+    if evidence.scale not in claim.standards:
+        raise InputError(f"Verdicts exist at the scales {', '.join(claim.standards)}, not {evidence.scale!r}.")
     unit = claim.standards[evidence.scale].unit
     if evidence.unit != unit:
         raise InputError(f"The evidence for {claim.id!r} is in {evidence.unit!r} but the claim in {unit!r}.")
@@ -532,7 +551,8 @@ def _claim(entry: Mapping[str, Any]) -> Claim:
     offline = dict(values.pop("offline", {}))
     if "rule" in offline:
         offline["rule"] = _rule(offline["rule"])
-    standards = {"offline": replace(own, **offline), "paper": own}
+    stand_in = replace(own, **offline)
+    standards = {QUICK: stand_in, "offline": stand_in, "paper": own}
     return Claim(**{"measure": values["id"], **values}, standards=standards)
 
 

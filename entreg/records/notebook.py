@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from entreg.errors import InputError
 from entreg.records.claims import judge_all, load_claims, readme_table
 from entreg.records.figures import figure_registry, render
+from entreg.records.record import told_records
 from entreg.records.registry import Registry, discover
 from entreg.records.tables import Cell, Table, provenance, table_registry
 
@@ -79,11 +80,7 @@ def show_verdicts(records: Records, prefixes: Sequence[str]) -> Markdown:
 
     discover()
     claims = [claim for claim in load_claims() if claim.id.startswith(tuple(prefixes))]
-    return Markdown(readme_table(claims, judge_all(claims, _usable(records))).body_markdown())
-
-
-def _usable(records: Records) -> list[dict[str, Any]]:
-    return sorted((dict(r) for r in records if r["scale"] != "smoke"), key=lambda record: record["id"])
+    return Markdown(readme_table(claims, judge_all(claims, told_records(records))).body_markdown())
 
 
 def _built(registry: Registry[Any], records: Records, name: str) -> tuple[list[dict[str, Any]], Any]:
@@ -91,7 +88,7 @@ def _built(registry: Registry[Any], records: Records, name: str) -> tuple[list[d
     entry = registry.get(name)
     if entry is None:
         raise InputError(f"There is no {registry.kind} {name!r}.")
-    selected = entry.select(_usable(records))
+    selected = entry.select(told_records(records))
     return selected, entry.function(selected) if selected else None
 
 

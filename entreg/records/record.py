@@ -16,8 +16,9 @@ import numpy as np
 from entreg.errors import InputError, RecordError
 from entreg.records import environment
 
-Scale = Literal["smoke", "offline", "paper"]
-SCALES: tuple[str, ...] = ("smoke", "offline", "paper")
+Scale = Literal["smoke", "reproduce", "offline", "paper"]
+SCALES: tuple[str, ...] = ("smoke", "reproduce", "offline", "paper")
+"""Names of the profiles, the smallest first."""
 SCHEMA_VERSION = 1
 
 # The order in which a file shows the fields: what a reader asks first comes first.
@@ -64,7 +65,8 @@ def new_record(
 
     Args:
         experiment: lower-case name, families separated by slashes, for example ``geometry/hull``.
-        scale: ``smoke`` (seconds, tests), ``offline`` (embedded data, minutes) or ``paper`` (its own scale).
+        scale: ``smoke`` (seconds, tests), ``reproduce`` (key rows of ``offline`` in minutes), ``offline`` (embedded
+            data, the reference) or ``paper`` (its own scale).
         config: everything that decides the result, the seed included; equal configurations replace each other.
             Leave output folders and verbosity out.
         command: what to type to repeat the run.
@@ -292,3 +294,15 @@ def current_records(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     for record in sorted(records, key=lambda r: (SCALES.index(r["scale"]), r["utc"], r["id"])):
         best[record["experiment"]] = record
     return [best[name] for name in sorted(best)]
+
+
+def told_records(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the records that tables, figures and verdicts may rest on, in the order of their identifiers.
+
+    Smoke runs mean nothing. A quick run (``reproduce``) counts only where no larger one of its experiment is there, so
+    that the two are never mixed.
+    """
+    usable = [dict(record) for record in records if record["scale"] != "smoke"]
+    studied = {record["experiment"] for record in usable if record["scale"] != "reproduce"}
+    kept = [one for one in usable if one["scale"] != "reproduce" or one["experiment"] not in studied]
+    return sorted(kept, key=lambda record: record["id"])

@@ -33,7 +33,7 @@ def files(*folders):
 
 
 ENTRIES = {
-    "train": files("experiment/vit", "experiment/cifar"),
+    "vision": files("experiment/vit", "experiment/cifar"),
     "language": files("experiment/llm"),
     "geometry": files("experiment/geometry"),
     "benchmark": files("benchmark"),
@@ -46,6 +46,7 @@ FREE = {
     *("data.preprocessing.model", "data.augmentation.auto_augment", "objective.name", "objective.value"),
     *("profile.language.model.dtype", "benchmark._target_"),
 }
+VISION_SPEED = "profile.vision.speed"
 FREE_OF_LANGUAGE = {"data.name", "model.name"}
 
 
@@ -69,7 +70,7 @@ def plan(entry, config):
     check_values(config, [], entry)
     if entry != "benchmark":
         Objective.from_mapping(config["objective"])
-    if entry == "train":
+    if entry == "vision":
         vision_experiment.plan_run(config)
     elif entry == "language":
         language_experiment.plan_run(config)
@@ -180,15 +181,23 @@ def checked(entry, *overrides):
 @pytest.mark.parametrize(
     ("entry", "overrides", "sentence"),
     [
-        ("train", ["profile.methods=[plian]"], "unknown method 'plian' of profile.methods, .*; did you mean 'plain'"),
+        (
+            "vision",
+            ["profile.vision.methods=[plian]"],
+            "unknown method 'plian' of .*; did you mean 'plain'",
+        ),
         # A method of other experiments than the one that is run.
-        ("train", ["experiment=cifar/digits", "profile.methods=[plain,ours_a]"], "unknown method 'ours_a'"),
-        ("train", ["profile.methods=plain"], "profile.methods must be a list of at least one name or null"),
-        ("train", ["profile.methods=[]"], "profile.methods must be a list of at least one name or null"),
+        ("vision", ["experiment=cifar/digits", "profile.vision.methods=[plain,ours_a]"], "unknown method 'ours_a'"),
+        (
+            "vision",
+            ["profile.vision.methods=plain"],
+            "methods must be a list of at least one name or null",
+        ),
+        ("vision", ["profile.vision.methods=[]"], "methods must be a list of at least one name or null"),
         ("language", ["profile.language.plans=[oars]"], "unknown plan 'oars' of .*; did you mean 'ours'"),
         ("language", ["profile.language.levels=[0.77]"], "unknown level '0.77' of profile.language.levels, known are"),
-        ("geometry", ["profile=smoke", "profile.distributions=[sqare]"], "unknown distribution 'sqare'"),
-        ("geometry", ["profile=reproduce", "profile.experiments=[hul]"], "unknown experiment 'hul' .*'hull'"),
+        ("geometry", ["profile=smoke", "profile.geometry.distributions=[sqare]"], "unknown distribution 'sqare'"),
+        ("geometry", ["profile=reproduce", "profile.geometry.experiments=[hul]"], "unknown experiment 'hul' .*'hull'"),
         ("benchmark", ["benchmark=language_speed", "profile.language.plans=[oars]"], "unknown plan 'oars'"),
     ],
 )
@@ -200,12 +209,12 @@ def test_a_profiles_lists_name_what_there_is(entry, overrides, sentence):
 def test_a_list_in_a_profiles_file_serves_all_experiments_and_is_checked_against_them():
     # The profile reproduce names methods of the ViT's and of the robustness experiment.
     overrides = ["experiment=cifar/digits", "profile=reproduce"]
-    found = study_configs(hydra.compose("train", overrides), overrides)
+    found = study_configs(hydra.compose("vision", overrides), overrides, "vision")
     assert [one["method"] for one in found] == ["plain", "label_smoothing", "ours"]
-    config = typed("train", *overrides)
-    config["profile"]["methods"] += ["orus"]
-    with pytest.raises(ConfigError, match=r"unknown method 'orus' of profile\.methods, .*; did you mean 'ours'"):
-        check_values(config, overrides, "train")
+    config = typed("vision", *overrides)
+    config["profile"]["vision"]["methods"] += ["orus"]
+    with pytest.raises(ConfigError, match=r"unknown method 'orus' of profile\.vision\.methods, .*'ours'"):
+        check_values(config, overrides, "vision")
 
 
 @pytest.mark.parametrize(
@@ -218,14 +227,18 @@ def test_a_list_in_a_profiles_file_serves_all_experiments_and_is_checked_against
         ("language", ["evaluation.tasks.copy.contexts=[512,4096]"], "profile.language.max_context"),
         ("language", ["evaluation.tasks.needle={contexts: [512], count: 9}"], "profile.language.max_count"),
         ("language", ["evaluation.plans.ours.levels=[0.75,0.9]"], "profile.language.levels"),
-        ("train", ["evaluation.limit=100"], "profile.max_images"),
-        ("train", ["evaluation.limit=null"], "profile.max_images"),
-        ("geometry", ["distributions=[circle,cities]"], "profile.distributions"),
-        ("geometry", ["experiment=geometry/hull", "sizes=[500,5000]"], "profile.max_points"),
-        ("benchmark", ["benchmark=vision_speed", "benchmark.batches=[1,8]"], "profile.max_batch"),
-        ("benchmark", ["benchmark=vision_speed", "benchmark.models.scenes.options.depth=2"], "profile.model_options"),
+        ("vision", ["evaluation.limit=100"], "profile.vision.max_images"),
+        ("vision", ["evaluation.limit=null"], "profile.vision.max_images"),
+        ("geometry", ["distributions=[circle,cities]"], "profile.geometry.distributions"),
+        ("geometry", ["experiment=geometry/hull", "sizes=[500,5000]"], "profile.geometry.max_points"),
+        ("benchmark", ["benchmark=vision_speed", "benchmark.batches=[1,8]"], f"{VISION_SPEED}.max_batch"),
+        (
+            "benchmark",
+            ["benchmark=vision_speed", "benchmark.models.scenes.options.depth=2"],
+            "profile.vision.speed.model_options",
+        ),
         ("benchmark", ["benchmark=language_speed", "benchmark.dtypes=[bfloat16]"], "profile.language.speed.dtypes"),
-        ("benchmark", ["benchmark.geometry_hull.sizes=[10,5000]"], "profile.max_points"),
+        ("benchmark", ["benchmark.geometry_hull.sizes=[10,5000]"], "profile.geometry.max_points"),
     ],
 )
 def test_what_a_profile_would_not_serve_is_refused(entry, overrides, limit):
@@ -242,7 +255,7 @@ def test_what_a_profile_would_not_serve_is_refused(entry, overrides, limit):
         ("language", ["profile.language.model=null", "model.dtype=float16"]),
         ("language", ["evaluation.tasks.copy.contexts=[512]", "evaluation.tasks.copy.count=1"]),
         ("language", ["evaluation.plans.ours.levels=[0.9]"]),
-        ("train", ["evaluation.limit=5"]),
+        ("vision", ["evaluation.limit=5"]),
         ("geometry", ["distributions=[cities]"]),
         # Hydra merges mappings: an empty one changes nothing.
         ("geometry", ["experiment=geometry/hull", "sizes_of={}"]),
@@ -262,15 +275,15 @@ def test_what_a_profile_serves_is_kept(entry, overrides):
         ("geometry", "time_budget=-1", "time_budget must be a number above 0, got -1"),
         ("geometry", "profile.repeats=0", "profile.repeats must be a whole number of at least 1, got 0"),
         ("geometry", "force=maybe", "force must be true or false, got 'maybe'"),
-        ("train", "trainer.steps=abc", "trainer.steps must be a whole number, got 'abc'"),
-        ("train", "base.trainer.learning_rate=null", "base.trainer.learning_rate must be a number, got null"),
-        ("train", "base.curriculum.cells=2.5", "base.curriculum.cells must be a whole number, got 2.5"),
-        ("train", "data.canvas=abc", "data.canvas must be a whole number of at least 1, got 'abc'"),
-        ("train", "model.pretrained=3", "model.pretrained must be true or false, got 3"),
-        ("train", "evaluation.splits=test", "evaluation.splits must be a list of at least one name, got 'test'"),
-        ("train", "evaluation.localisation=3", "evaluation.localisation must be a mapping of keys to values or null"),
-        ("train", "study.seeds=0", "study.seeds must be a list of at least one whole number"),
-        ("train", "resume=atuo", "resume must be auto or null, got 'atuo'"),
+        ("vision", "trainer.steps=abc", "trainer.steps must be a whole number, got 'abc'"),
+        ("vision", "base.trainer.learning_rate=null", "base.trainer.learning_rate must be a number, got null"),
+        ("vision", "base.curriculum.cells=2.5", "base.curriculum.cells must be a whole number, got 2.5"),
+        ("vision", "data.canvas=abc", "data.canvas must be a whole number of at least 1, got 'abc'"),
+        ("vision", "model.pretrained=3", "model.pretrained must be true or false, got 3"),
+        ("vision", "evaluation.splits=test", "evaluation.splits must be a list of at least one name, got 'test'"),
+        ("vision", "evaluation.localisation=3", "evaluation.localisation must be a mapping of keys to values or null"),
+        ("vision", "study.seeds=0", "study.seeds must be a list of at least one whole number"),
+        ("vision", "resume=atuo", "resume must be auto or null, got 'atuo'"),
         ("language", "evaluation.tasks.copy.count=few", "evaluation.tasks.copy.count must be a whole number"),
         ("language", "training.context=abc", "training.context must be a whole number of at least 1, got 'abc'"),
         ("language", "store=5", "store must be text, got 5"),
@@ -321,18 +334,18 @@ def own_groups(entry):
 def test_an_experiment_of_another_script_is_refused(overrides, words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["vision.py", *overrides])
     with pytest.raises(ConfigError) as caught:
-        cli._refuse_others_experiments("train", CONFIGS)
+        cli._refuse_others_experiments("vision", CONFIGS)
     assert all(word in str(caught.value) for word in words)
 
 
 @pytest.mark.parametrize(
     ("entry", "overrides", "words"),
     [
-        ("train", ["experiment=vit/imagenet"], ["IMAGENET=", "data.root"]),
-        ("train", ["experiment=vit/imagenet", "data.root=''"], ["IMAGENET=", "data.root"]),
-        ("train", ["experiment=vit/imagenet", "data.root=FOLDER"], ["IMAGENET=", "data.root", "it is empty"]),
-        ("train", ["experiment=cifar/cifar100"], ["CIFAR=", "data.root"]),
-        ("train", ["experiment=cifar/cifar100", "data.root=FOLDER"], ["CIFAR=", "data.root"]),
+        ("vision", ["experiment=vit/imagenet"], ["IMAGENET=", "data.root"]),
+        ("vision", ["experiment=vit/imagenet", "data.root=''"], ["IMAGENET=", "data.root"]),
+        ("vision", ["experiment=vit/imagenet", "data.root=FOLDER"], ["IMAGENET=", "data.root", "it is empty"]),
+        ("vision", ["experiment=cifar/cifar100"], ["CIFAR=", "data.root"]),
+        ("vision", ["experiment=cifar/cifar100", "data.root=FOLDER"], ["CIFAR=", "data.root"]),
         ("language", ["experiment=llm/other", "model.name=/nope"], ["MODEL=", "model.name", "/nope"]),
         ("language", ["experiment=llm/other", "model.name=FOLDER"], ["MODEL=", "model.name", "it is empty"]),
         ("language", ["experiment=llm/phi_2", "data.text.root=FOLDER"], ["WIKITEXT=", "data.text.root"]),
@@ -349,8 +362,8 @@ def test_missing_data_and_models_are_one_sentence_before_any_run(
 ):
     (tmp_path / "empty").mkdir()
     given = [one.replace("FOLDER", str(tmp_path / "empty")) for one in overrides]
-    module = {"train": vision_experiment, "language": language_experiment}[entry]
-    run = {"train": "run_vision", "language": "run_language"}[entry]
+    module = {"vision": vision_experiment, "language": language_experiment}[entry]
+    run = {"vision": "run_vision", "language": "run_language"}[entry]
     monkeypatch.setattr(module, run, lambda *_: pytest.fail("something was run"))
     given += ["profile=paper", "device=cpu", f"checkpoints={tmp_path}"]
     runs = [module.plan_run(typed(entry, *given, f"seed={seed}")) for seed in (0, 1)]
@@ -360,6 +373,32 @@ def test_missing_data_and_models_are_one_sentence_before_any_run(
     assert "\n" not in str(caught.value)
     assert capsys.readouterr() == ("", "")
     assert not list((tmp_path / "runs").rglob("*.*"))
+
+
+def test_a_run_evaluates_the_plans_that_its_method_names():
+    overrides = ["experiment=vit/token_rivals", "profile.vision.methods=[merging_a]", "study.seeds=[0]"]
+    (config,) = study_configs(hydra.compose("vision", overrides), overrides, "vision")
+    run = vision_experiment.plan_run(config)
+    plans = run.config["evaluation"]["plans"]
+    assert [name for name, plan in plans.items() if plan is not None] == ["merging_most", "merging_less"]
+    run = language_experiment.plan_run(typed("language", "experiment=llm/training"))
+    assert list(run.config["evaluation"]["plans"]) == ["ours", "window"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["study.plans=[ours,windw]"], "unknown plan 'windw' of study.plans, .*; did you mean 'window'"),
+        (
+            ["evaluation.plans.oracle.levels=[0.5]"],
+            "evaluation.plans.oracle.levels would not be served: .* study.plans",
+        ),
+        (["profile.language.plans=[oracle]"], "unknown plan 'oracle' of profile.language.plans"),
+    ],
+)
+def test_a_plan_that_is_not_evaluated_is_not_asked_for(overrides, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        checked("language", "experiment=llm/training", *overrides)
 
 
 def test_a_geometry_study_names_experiments():

@@ -33,3 +33,10 @@ def test_only_the_claims_asked_for_and_none_without_records(speed_records):
     assert sum(line.startswith(tuple(claim.id for claim in load_claims())) for line in text.splitlines()) == 1
     assert verdict_lines(speed_records, ("geo-",)) == []
     assert verdict_lines([], ("",)) == []
+
+
+def test_a_quick_run_is_told_as_one(speed_records):
+    (text,) = verdict_lines([{**record, "scale": "reproduce"} for record in speed_records], ("vit-speed", "train-"))
+    assert "This was a quick run" in text
+    assert max(map(len, text.splitlines())) <= 100
+    assert "This was a quick run" not in "".join(verdict_lines(speed_records, ("vit-speed",)))

@@ -11,13 +11,13 @@ from entreg.experiments.measuring import peak_memory
 from entreg.experiments.surrogate_cost import SURROGATES, cost_cases, run, run_regularizer_cost, surrogate_step
 
 CPU = torch.device("cpu")
-PROFILE = {"name": "smoke", "max_points": 30, "repeats": 1, "seeds": [0]}
+PROFILE = {"name": "smoke", "repeats": 1, "seeds": [0]}
 
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
     store = tmp_path_factory.mktemp("runs")
-    arguments = {"batch": 1, "tokens": [20, 10, 50], "dims": [64], "cells": [4, None], "threads": 1}
+    arguments = {"batch": 1, "tokens": [20, 10], "dims": [64], "cells": [4, None], "threads": 1}
     paths = run_regularizer_cost(**arguments, profile=PROFILE, store=store, command="the command")
     written = paths[0].read_text()
     # A second run finds the record.

@@ -52,7 +52,7 @@ def evaluation(folder):
     (folder / "assets.json").write_text(json.dumps([str(cached_path(name).parents[1]) for name in ASSETS]))
     without_training = ["base.trainer.steps=0", "trainer.steps=0", "method=plain", "force=true"]
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = OmegaConf.to_container(hydra.compose("train", [*DIGITS, *without_training]), resolve=True)
+        config = OmegaConf.to_container(hydra.compose("vision", [*DIGITS, *without_training]), resolve=True)
     (folder / "config.json").write_text(json.dumps(config))
 
     def check(directory):

@@ -44,7 +44,7 @@ def tables(folder):
 SCRIPTS = {
     "geometry": hydra("experiment=geometry/hull", "profile=smoke", "distributions=[square]"),
     "train": hydra(*SCENES, folders=("store", "checkpoints")),
-    "vision": hydra(*SCENES, "profile.methods=[plain]", folders=("store", "checkpoints")),
+    "vision": hydra(*SCENES, "profile.vision.methods=[plain]", folders=("store", "checkpoints")),
     "tables": tables,
     "benchmark": hydra("benchmark=entropy_law", "profile=smoke"),
     "language": hydra("profile=smoke", folders=("store", "checkpoints")),

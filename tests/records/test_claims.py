@@ -66,7 +66,7 @@ def test_every_claim_of_the_ledger_is_there_and_no_other():
 
 def test_every_claim_says_how_to_check_it():
     for claim in CLAIMS.values():
-        assert set(claim.commands) == {*JUDGED_SCALES, "quick"}
+        assert set(claim.commands) == {"reproduce", *JUDGED_SCALES}
         assert all(re.match(r"(make [a-z-]+|python scripts/[a-z_]+\.py)", text) for text in claim.commands.values())
         if claim.status == "built":
             # The experiment is a configuration or, for claims about several, a folder of them.
@@ -354,6 +354,20 @@ def test_measures_see_the_records_of_one_scale(measure):
     assert (at["offline"].verdict, at["paper"].verdict) == ("not run", "reproduced")
 
 
+def test_a_quick_run_is_judged_by_the_offline_rule_where_there_is_no_offline_run(measure):
+    def function(records):
+        return evidence(records[0]["rows"][0]["ratio"], scale=records[0]["scale"], record_ids=[records[0]["id"]])
+
+    measure("test-measure", function, ("geometry",))
+    claim = dataclasses.replace(CLAIMS["geo-hull-speed"], measure="test-measure")
+    quick = sample_record(scale="reproduce", rows=[{"ratio": 4.5}])
+    (at,) = judge_all([claim], [quick])
+    assert (at["offline"].words, at["paper"].verdict) == ("reproduced (quick run)", "not run")
+    (at,) = judge_all([claim], [quick, sample_record(scale="offline", rows=[{"ratio": 1.0}])])
+    assert at["offline"].words == "not reproduced"
+    assert all(claim.standards["reproduce"] == claim.standards["offline"] for claim in CLAIMS.values())
+
+
 def test_offline_evidence_cannot_pass_for_the_papers_scale(measure):
     measure("test-measure", lambda records: evidence(4.5))
     claim = dataclasses.replace(CLAIMS["geo-hull-speed"], measure="test-measure")
@@ -426,7 +440,7 @@ VALID = {
     "unit": "x",
     "rule": {"direction": "higher", "exceeded": 3, "reproduced": 2, "partly": 1},
     "repeats": "seeds",
-    "commands": {"offline": "make a", "quick": "make c", "paper": "make b"},
+    "commands": {"offline": "make a", "reproduce": "make c", "paper": "make b"},
 }
 
 

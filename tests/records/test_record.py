@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from entreg.errors import InputError, RecordError
 from entreg.records import config_hash, environment, new_record
-from entreg.records.record import checksum, parse, schema_problem, serialise, to_plain
+from entreg.records.record import checksum, parse, schema_problem, serialise, to_plain, told_records
 from tests.records.samples import sample_record
 
 # Surrogates have no UTF-8 form.
@@ -231,3 +231,10 @@ def test_an_intact_record_of_another_shape_is_refused():
         with pytest.raises(RecordError, match="does not fit the schema") as caught:
             parse(serialise(sealed({**sample_record(), **change})), "x.json")
         assert "\n" not in str(caught.value)
+
+
+def test_a_quick_run_counts_only_where_nothing_larger_of_its_experiment_is_there():
+    scales = {"geometry/a": ["smoke", "reproduce"], "geometry/b": ["reproduce", "offline"], "geometry/c": ["smoke"]}
+    records = [sample_record(name, scale=scale) for name, found in scales.items() for scale in found]
+    told = [(record["experiment"], record["scale"]) for record in told_records(records)]
+    assert told == [("geometry/a", "reproduce"), ("geometry/b", "offline")]

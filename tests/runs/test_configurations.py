@@ -1,6 +1,6 @@
 """Launchers, ready sweeps and the alias of the issue are what their files say."""
 
-import importlib.util
+import importlib
 import re
 import subprocess
 
@@ -12,7 +12,6 @@ from hydra.core.global_hydra import GlobalHydra
 from entreg.cli import CONFIGS
 from entreg.experiments.geometry.experiment import experiment_configs, plan_runs
 from entreg.runs.multirun import sweep_name
-from tests.faults.processes import run_program
 
 LAUNCHERS = sorted(path.stem for path in (CONFIGS / "launcher").glob("*.yaml"))
 SWEEPS = sorted(path.stem for path in (CONFIGS / "sweep").glob("*.yaml"))
@@ -40,11 +39,11 @@ def params(name):
 
 
 def test_launchers_are_those_of_the_issue():
-    assert LAUNCHERS == ["basic", "joblib", "ray", "submitit_local", "submitit_slurm"]
+    assert LAUNCHERS == ["basic", "joblib", "submitit_local", "submitit_slurm"]
 
 
-@pytest.mark.parametrize("name", [name for name in LAUNCHERS if name != "ray"])
-@pytest.mark.parametrize("entry", ["train", "language", "geometry"])
+@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("entry", ["vision", "language", "geometry"])
 def test_launchers_compose_with_every_script(name, entry):
     config = hydra.compose(entry, [f"launcher={name}"], return_hydra_config=True)
     target = config.hydra.launcher._target_
@@ -60,16 +59,6 @@ def test_launchers_compose_with_every_script(name, entry):
         assert again.hydra.launcher.qos == "high"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
-def test_ray_is_asked_for_in_one_sentence(tmp_path):
-    done = run_program("scripts/geometry.py", "-m", "launcher=ray", "seeds=[0],[1]", f"store={tmp_path}")
-    assert done.returncode == 2
-    assert done.stderr == (
-        "Error: hydra/launcher=ray needs the package hydra-ray-launcher, which is not installed: see docs/sweeps.md.\n"
-    )
-    assert "hydra-ray-launcher" in (CONFIGS.parent / "docs" / "sweeps.md").read_text()
-
-
 @pytest.mark.parametrize("name", SWEEPS)
 def test_sweeps_say_what_they_vary_and_how_they_are_run(name):
     header = (CONFIGS / "sweep" / f"{name}.yaml").read_text()
@@ -78,12 +67,12 @@ def test_sweeps_say_what_they_vary_and_how_they_are_run(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "entry", "seeds"), [("vit", "train", 5), ("cifar", "train", 5), ("llm", "language", 3)]
+    ("name", "entry", "seeds"), [("vit", "vision", 5), ("cifar", "vision", 5), ("llm", "language", 3)]
 )
 def test_ready_sweeps_have_all_methods_and_seeds(name, entry, seeds):
     config = hydra.compose(entry, [f"+sweep={name}"])
     varied = params(name)
-    assert sorted(one for (one,) in varied["profile.methods"]) == sorted(config.study.methods)
+    assert sorted(one for (one,) in varied[f"profile.{entry}.methods"]) == sorted(config.study.methods)
     assert varied["study.seeds"] == [[seed] for seed in range(seeds)]
     header = (CONFIGS / "sweep" / f"{name}.yaml").read_text()
     for word in ("# Varies:", "# Run time:", f"make sweep-{name}"):
@@ -108,7 +97,7 @@ def test_the_geometry_sweep_is_the_study_without_its_sensitivity():
 
 
 def test_the_search_is_for_what_it_names():
-    composed = hydra.compose("train", ["+sweep=vit_search"], return_hydra_config=True)
+    composed = hydra.compose("vision", ["+sweep=vit_search"], return_hydra_config=True)
     assert "optuna" in composed.hydra.sweeper._target_
     assert composed.hydra.sweeper.direction == composed.objective.direction == "maximize"
     assert composed.objective.name == "sparse_accuracy"

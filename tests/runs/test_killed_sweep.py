@@ -19,7 +19,7 @@ from tests.runs.small_project import wait_until
 COMMAND = [
     *("-m", "experiment=vit/cluttered_mnist", "regularizer=key_entropy,row_entropy,none", "seed=0,1"),
     *TINY,
-    *("trainer.steps=6", "trainer.checkpoint_every=1", "profile.training_scale=1.0", "evaluation.localisation=null"),
+    *("trainer.steps=6", "trainer.checkpoint_every=1", "profile.vision.step_scale=1.0", "evaluation.localisation=null"),
     *("tracker=none", "launcher=joblib", "hydra.launcher.n_jobs=2"),
 ]
 

@@ -51,7 +51,7 @@ def without_gaps(rows):
 
 def test_a_vision_run(tmp_path):
     overrides = [one for one in SCENES if not one.startswith("profile=")]
-    values = composed("train", tmp_path, *overrides, "seed=1", f"checkpoints={tmp_path / 'checkpoints'}")
+    values = composed("vision", tmp_path, *overrides, "seed=1", f"checkpoints={tmp_path / 'checkpoints'}")
     run = vision_experiment.plan_run(values)
     (record,), found = finished([run], tmp_path)
     assert set(found) == {config_hash(run.config), config_hash({**run.base_config, "scale": "smoke"})}
@@ -79,7 +79,12 @@ def test_a_vision_run(tmp_path):
 
 @pytest.mark.slow
 def test_a_language_run_that_trains(tmp_path):
-    overrides = ["experiment=llm/training", "trainer.steps=2", "profile.training_scale=1", "trainer.warmup_steps=0"]
+    overrides = [
+        "experiment=llm/training",
+        "trainer.steps=2",
+        "profile.language.step_scale=1",
+        "trainer.warmup_steps=0",
+    ]
     overrides += ["evaluation.tasks.needle=null", "evaluation.tasks.summary=null", "profile.language.plans=[window]"]
     values = composed("language", tmp_path, *overrides, f"checkpoints={tmp_path / 'checkpoints'}")
     run = language_experiment.plan_run(values)

@@ -52,7 +52,7 @@ def test_a_tracker_that_is_not_installed_is_missed_before_anything_runs(kind, mo
 
 
 def test_wandb_is_the_default_and_offline_but_in_seconds_long_runs():
-    for entry in ("train", "language", "geometry"):
+    for entry in ("vision", "language", "geometry"):
         tracker = composed(entry)["tracker"]
         assert (tracker["kind"], tracker["mode"]) == ("wandb", "offline")
         assert not tracker_settings_from_mapping(composed(entry, "profile=smoke")["tracker"]).active
@@ -60,7 +60,7 @@ def test_wandb_is_the_default_and_offline_but_in_seconds_long_runs():
             assert tracker_settings_from_mapping(composed(entry, f"tracker={kind}")["tracker"]).kind == kind
     # YAML and Hydra read a bare off differently.
     for off in ("off", "false"):
-        assert not tracker_settings_from_mapping(composed("train", f"tracker.mode={off}")["tracker"]).active
+        assert not tracker_settings_from_mapping(composed("vision", f"tracker.mode={off}")["tracker"]).active
 
 
 def test_importing_the_experiments_loads_no_tracker():
@@ -76,7 +76,7 @@ def test_importing_the_experiments_loads_no_tracker():
 @pytest.mark.parametrize(
     ("entry", "module", "overrides"),
     [
-        ("train", vision_experiment, ["device=cpu"]),
+        ("vision", vision_experiment, ["device=cpu"]),
         ("language", language_experiment, ["device=cpu"]),
         ("geometry", geometry_experiment, ["experiment=geometry/hull", "distributions=[disk]", "seeds=[0]"]),
     ],
@@ -92,7 +92,7 @@ def test_trackers_do_not_change_which_run_it_is(entry, module, overrides):
 
 def test_records_from_before_there_were_trackers_are_found():
     store = RecordStore(REFERENCE_ROOT)
-    vision = vision_experiment.plan_run(composed("train", "experiment=vit/digit_scenes", "method=plain", "device=cpu"))
+    vision = vision_experiment.plan_run(composed("vision", "experiment=vit/digit_scenes", "method=plain", "device=cpu"))
     geometry = geometry_experiment.plan_runs(composed("geometry", "experiment=geometry/hull"))
     assert geometry
     assert all(store.find(run.experiment, run.config) for run in (vision, *geometry))

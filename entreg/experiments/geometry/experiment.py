@@ -56,7 +56,7 @@ class GeometryRun:
         seed: of points and training.
         variant: name of the training settings, ``default`` but in a sensitivity study.
         training: settings of network and training.
-        scale: ``smoke``, ``offline`` or ``paper``.
+        scale: one of :data:`entreg.records.SCALES`.
         repeats: most rounds of a timing, at least 1.
         time_budget: seconds for all timed rounds of one size; slow sizes run fewer rounds, at least one.
         tracker: who is told of the run; decides nothing.
@@ -126,7 +126,7 @@ def experiment_configs(config: DictConfig, overrides: Sequence[str]) -> list[dic
         return [plain]
     known = sorted(path.stem for path in (CONFIGS / "experiment" / "geometry").glob("*.yaml") if path.stem != "study")
     require_known(plain["study"], known, "experiment", "study")
-    names = _chosen(plain["study"], plain["profile"].get("experiments"))
+    names = _chosen(plain["study"], plain["profile"]["geometry"]["experiments"])
     kept = [text for text in overrides if text.partition("=")[0] not in ("experiment", "study")]
     composed = [hydra.compose("geometry", [f"experiment=geometry/{name}", *kept]) for name in names]
     return [checked_config(one, kept, "geometry") for one in composed]
@@ -148,7 +148,7 @@ def plan_runs(config: Mapping[str, Any]) -> list[GeometryRun]:
     require_fit(config, GEOMETRY)
     profile = config["profile"]
     require_known([config["problem"]], PROBLEMS, "problem")
-    distributions = _chosen(config["distributions"], profile.get("distributions"))
+    distributions = _chosen(config["distributions"], profile["geometry"]["distributions"])
     require_some("distributions", config["distributions"], sorted(POINT_SETS), "distribution")
     require_known(config["sizes_of"], sorted(POINT_SETS), "distribution", "sizes_of")
     variants = config["variants"]
@@ -161,10 +161,10 @@ def plan_runs(config: Mapping[str, Any]) -> list[GeometryRun]:
             experiment=config["name"],
             problem=config["problem"],
             distribution=distribution,
-            sizes=_sizes(config["sizes_of"].get(distribution, config["sizes"]), profile["max_points"]),
+            sizes=_sizes(config["sizes_of"].get(distribution, config["sizes"]), profile["geometry"]["max_points"]),
             seed=seed,
             variant=name,
-            training=_training({**config["training"], **variants[name]}, profile["time_scale"]),
+            training=_training({**config["training"], **variants[name]}, profile["geometry"]["step_scale"]),
             scale=profile["name"],
             repeats=profile["repeats"],
             time_budget=config["time_budget"],
@@ -359,10 +359,10 @@ def _sizes(sizes: Sequence[int], limit: int) -> tuple[int, ...]:
     return kept
 
 
-def _training(values: Mapping[str, Any], time_scale: float) -> EntropyNetSettings:
+def _training(values: Mapping[str, Any], step_scale: float) -> EntropyNetSettings:
     require_known(values, [field.name for field in fields(EntropyNetSettings)], "training setting")
     try:
         settings = EntropyNetSettings(**values)
     except (InputError, TypeError) as error:
         raise ConfigError(f"training settings: {error}") from error
-    return replace(settings, steps=max(1, round(settings.steps * time_scale)))
+    return replace(settings, steps=max(1, round(settings.steps * step_scale)))

@@ -31,6 +31,7 @@ from entreg.atomic import require_writable
 from entreg.data.language_tasks import token_windows
 from entreg.data.text import Corpus, require_corpus
 from entreg.errors import ConfigError
+from entreg.experiments.chosen_plans import chosen_plans
 from entreg.experiments.config_schemas import LANGUAGE
 from entreg.experiments.language.evaluation import (
     check_evaluation,
@@ -158,11 +159,11 @@ def plan_run(config: Mapping[str, Any]) -> LanguageRun:
     require_fit(config, LANGUAGE)
     profile = config["profile"]
     kept = {key: value for key, value in config.items() if key not in NOT_RECORDED}
-    limits = profile.get("language", {})
-    if limits.get("model") is not None:
+    limits = profile["language"]
+    if limits["model"] is not None:
         kept["model"] = {**kept["model"], **limits["model"]}
-    kept["evaluation"] = limited_evaluation(kept["evaluation"], limits)
-    kept["trainer"] = scaled_trainer(kept["trainer"], profile["training_scale"])
+    kept["evaluation"] = limited_evaluation({**kept["evaluation"], "plans": chosen_plans(config)}, limits)
+    kept["trainer"] = scaled_trainer(kept["trainer"], limits["step_scale"])
     kept["device"] = chosen_device(config["device"])
     kept["scale"] = profile["name"]
     kept["name"] = _experiment(config["name"], kept["model"])

@@ -70,7 +70,7 @@ def check_evaluation(config: Mapping[str, Any]) -> None:
     """Refuse what cannot be evaluated, before a model is trained for it.
 
     Args:
-        config: the resolved ``evaluation`` part of ``configs/train.yaml``.
+        config: the resolved ``evaluation`` part of ``configs/vision.yaml``.
 
     Raises:
         ConfigError: an impossible plan, precision, batch size, limit or severity.
@@ -108,7 +108,7 @@ def open_datasets(config: Mapping[str, Any], data: Mapping[str, Any]) -> dict[st
     What is missing or damaged must show before a model is built or trained, not after.
 
     Args:
-        config: the resolved ``evaluation`` part of ``configs/train.yaml``.
+        config: the resolved ``evaluation`` part of ``configs/vision.yaml``.
         data: the resolved ``data`` part.
 
     Returns:
@@ -144,7 +144,7 @@ def evaluate_everything(
     Args:
         model: stock timm model, on its device.
         datasets: the splits to evaluate by name.
-        config: the resolved ``evaluation`` part of ``configs/train.yaml``.
+        config: the resolved ``evaluation`` part of ``configs/vision.yaml``.
         data: the resolved ``data`` part, for corrupted versions of it.
         gate: of a model trained with one; plans with ``score: gate`` are left out without
             its part for their layer.

@@ -22,7 +22,8 @@ from entreg.adapters.timm_models import require_architecture
 from entreg.atomic import require_writable
 from entreg.data.vision_sets import check_vision_dataset, describe_dataset
 from entreg.errors import ConfigError
-from entreg.experiments.config_schemas import TRAIN
+from entreg.experiments.chosen_plans import chosen_plans
+from entreg.experiments.config_schemas import VISION
 from entreg.experiments.studies import NOT_RECORDED, chosen_device, last_step, scaled_trainer
 from entreg.experiments.tracked_runs import tracked_run
 from entreg.experiments.vision.evaluation import check_evaluation, evaluate_everything, open_datasets
@@ -108,18 +109,19 @@ def plan_run(config: Mapping[str, Any]) -> VisionRun:
     """The run that a configuration asks for, with every part checked that can be before anything slow starts.
 
     Args:
-        config: resolved content of ``configs/train.yaml``.
+        config: resolved content of ``configs/vision.yaml``.
 
     Raises:
         ConfigError: an unknown key or an impossible value in any part; a device that is not there.
     """
-    require_fit(config, TRAIN)
+    require_fit(config, VISION)
     profile = config["profile"]
     kept = {key: value for key, value in config.items() if key not in NOT_RECORDED}
-    scale = profile["training_scale"]
+    scale = profile["vision"]["step_scale"]
     kept["base"] = {**kept["base"], "trainer": scaled_trainer(kept["base"]["trainer"], scale)}
     kept["trainer"] = scaled_trainer(kept["trainer"], scale)
-    limit = profile.get("max_images")
+    kept["evaluation"] = {**kept["evaluation"], "plans": chosen_plans(config)}
+    limit = profile["vision"]["max_images"]
     if limit is not None:
         kept["evaluation"] = {**kept["evaluation"], "limit": min(limit, kept["evaluation"]["limit"] or limit)}
     kept["device"] = chosen_device(config["device"])

@@ -96,6 +96,7 @@ def test_study_runs_everything_and_the_reproduction_is_a_part_of_it():
     million = {run.distribution for run in hull if run.sizes[2:] == (1_000_000,)}
     assert million == {run.distribution for run in hull} - {"parabola", "sorted_runs"}
     assert {run.scale for run in study} == {"offline"}
+    assert {run.scale for run in part} == {"reproduce"}
     reference = {(run.experiment, run.distribution, run.seed, run.training): set(run.sizes) for run in study}
     for run in part:
         assert max(run.sizes) <= 100_000

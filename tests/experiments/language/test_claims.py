@@ -208,6 +208,6 @@ def test_the_claims_are_built_and_have_their_commands(claim_id):
     assert claim.status == "built"
     assert claim.commands == {
         "offline": "make study-llm STUDY=outputs/study",
-        "quick": "make reproduce-llm",
+        "reproduce": "make reproduce-llm",
         "paper": "make reproduce-llm PROFILE=paper MODEL=meta-llama/Llama-2-7b-hf",
     }

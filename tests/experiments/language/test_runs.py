@@ -98,7 +98,7 @@ def test_training_methods_differ_in_nothing_but_the_method(tmp_path):
         }
         assert same == {key: runs[0].config[key] for key in same}
         assert (run.config["trainer"]["steps"] == 0) == (run.config["method"] == "none")
-    seeds = planned(tmp_path, "experiment=llm/training", "profile.methods=[plain]")
+    seeds = planned(tmp_path, "experiment=llm/training", "profile.language.methods=[plain]")
     assert {run.config["seed"] for run in seeds} == {0, 1, 2}
 
 
@@ -107,7 +107,7 @@ def test_profiles_leave_out_what_they_say(tmp_path):
     levels = {(name, level) for name, level, _ in expand_plans(run.config["evaluation"]["plans"])}
     assert {level for _, level in levels} == {0.75}
     assert ("ours", 0.75) in levels
-    assert run.config["scale"] == "offline"
+    assert run.config["scale"] == "reproduce"
     (run,) = planned(tmp_path, "profile.language.max_context=1100", "profile.language.max_count=3")
     tasks = run.config["evaluation"]["tasks"]
     # Where all contexts are longer, the limit itself is the context.
@@ -218,8 +218,8 @@ def test_methods_train_and_are_evaluated(adaptation, tmp_path):
         "evaluation.tasks.copy=null",
         "evaluation.tasks.needle=null",
         "evaluation.tasks.perplexity.splits=[test]",
-        "profile.methods=[plain,block_entropy,loop,none]",
-        "profile.training_scale=1.0",
+        "profile.language.methods=[plain,block_entropy,loop,none]",
+        "profile.language.step_scale=1.0",
         *adaptation,
     )
     records = {one["config"]["method"]: one for one in run_all(runs, store=tmp_path / "runs", command="x")}
@@ -241,9 +241,9 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
         *TINY[:2],
         *TRAINED,
         "trainer.checkpoint_every=1",
-        "profile.methods=[plain]",
+        "profile.language.methods=[plain]",
     ]
-    overrides += ["profile.training_scale=1.0", "evaluation.effective_support=null", "evaluation.plans.ours=null"]
+    overrides += ["profile.language.step_scale=1.0", "evaluation.effective_support=null", "evaluation.plans.ours=null"]
     (run,) = planned(tmp_path, *overrides)
     monkeypatch.setattr(
         language_experiment, "evaluate_everything", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)

@@ -122,8 +122,8 @@ def test_only_configurations_that_name_overlays_get_them(model, scenes):
 def test_the_experiment_runs_each_method_with_its_own_reduction_and_leaves_the_studys_configuration_alone():
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         overrides = ["experiment=vit/overlays", "profile=offline"]
-        runs = [plan_run(one) for one in study_configs(hydra.compose("train", overrides), overrides)]
-        study = OmegaConf.to_container(hydra.compose("train", ["experiment=vit/digit_scenes"]), resolve=True)
+        runs = [plan_run(one) for one in study_configs(hydra.compose("vision", overrides), overrides, "vision")]
+        study = OmegaConf.to_container(hydra.compose("vision", ["experiment=vit/digit_scenes"]), resolve=True)
     found = {run.config["method"]: run.config for run in runs}
     reductions = {
         method: [names["reduction"] for names, _ in expand_plans(config["evaluation"]["plans"])]

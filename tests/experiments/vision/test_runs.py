@@ -68,7 +68,7 @@ def initialised_hydra():
 
 def planned(folder, *overrides):
     overrides = [*overrides, f"checkpoints={folder / 'checkpoints'}"]
-    return [plan_run(one) for one in study_configs(hydra.compose("train", overrides), overrides)]
+    return [plan_run(one) for one in study_configs(hydra.compose("vision", overrides), overrides, "vision")]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -120,12 +120,12 @@ def flat(values, prefix=""):
 
 def test_methods_and_seeds_follow_the_profile(tmp_path):
     runs = planned(tmp_path, "profile=reproduce")
-    whole = hydra.compose("train").study.methods
+    whole = hydra.compose("vision").study.methods
     assert {"plain", "ours_a"} <= {run.config["method"] for run in runs} < set(whole)
     assert {run.config["seed"] for run in runs} == {0}
-    runs = planned(tmp_path, "profile.methods=[ball]", "profile.seeds=[4,5]")
+    runs = planned(tmp_path, "profile.vision.methods=[ball]", "profile.seeds=[4,5]")
     assert [(run.config["method"], run.config["seed"]) for run in runs] == [("ball", 4), ("ball", 5)]
-    (run,) = planned(tmp_path, "profile=smoke", "profile.methods=[plain]")
+    (run,) = planned(tmp_path, "profile=smoke", "profile.vision.methods=[plain]")
     assert run.config["scale"] == "smoke"
     assert (run.config["base"]["trainer"]["steps"], run.config["trainer"]["steps"]) == (48, 4)
     assert run.config["evaluation"]["limit"] == 40
@@ -232,7 +232,7 @@ def test_missing_corruptions_show_before_a_model_is_built(tmp_path, monkeypatch)
     ],
 )
 def test_wrong_configurations_are_one_sentence_before_anything_runs(overrides, message):
-    config = OmegaConf.to_container(hydra.compose("train", overrides), resolve=True)
+    config = OmegaConf.to_container(hydra.compose("vision", overrides), resolve=True)
     with pytest.raises(ConfigError, match=message) as caught:
         plan_run(config)
     assert "\n" not in str(caught.value)
@@ -292,7 +292,7 @@ def test_the_papers_vit_command_runs_on_a_miniature(tmp_path):
     done = script(
         "experiment=vit/imagenet",
         *MINIATURE,
-        "profile.methods=[plain,ours_a]",
+        "profile.vision.methods=[plain,ours_a]",
         "evaluation.plans.columns.levels=[0.5]",
         f"data.root={tmp_path / 'data'}",
         "data.subset=true",
@@ -324,7 +324,7 @@ def test_the_papers_cifar_command_runs_on_a_miniature(tmp_path):
     done = script(
         "experiment=cifar/cifar100",
         *MINIATURE,
-        "profile.methods=[plain,ours]",
+        "profile.vision.methods=[plain,ours]",
         "base.trainer.steps=1",
         "base.trainer.warmup_steps=0",
         "base.trainer.batch_size=4",

@@ -418,9 +418,9 @@ def run_geometry_speed(
     Args:
         problem: ``hull``, ``pareto`` or ``delaunay``.
         distributions: names that :func:`benchmark_points` knows.
-        sizes: numbers of points, increasing; those above the profile's ``max_points`` are left out.
+        sizes: numbers of points, increasing; those above the profile's ``geometry.max_points`` are left out.
         time_budget: seconds, see :func:`measure`.
-        profile: the configuration group ``profile`` (``name``, ``max_points``, ``repeats``, ``seeds``).
+        profile: the configuration group ``profile`` (``name``, ``geometry.max_points``, ``repeats``, ``seeds``).
         store: folder of the records.
         command: what to type to repeat the run.
         force: run again what has a record already.
@@ -433,11 +433,10 @@ def run_geometry_speed(
     """
     require_known([problem], FAMILIES, "problem")
     require_some("distributions", distributions, sorted((*POINT_SETS, *COHERENT_POINT_SETS)), "distribution")
-    sizes = sorted(n for n in sizes if n <= profile["max_points"])
+    most = profile["geometry"]["max_points"]
+    sizes = sorted(n for n in sizes if n <= most)
     if not sizes or sizes[0] < 3 or not time_budget > 0:
-        raise ConfigError(
-            f"sizes need a value from 3 to max_points = {profile['max_points']}, and time_budget must be positive"
-        )
+        raise ConfigError(f"sizes need a value from 3 to max_points = {most}, and time_budget must be positive")
     require_writable(store)
     records = RecordStore(store)
     seed = profile["seeds"][0]

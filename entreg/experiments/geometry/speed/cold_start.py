@@ -114,8 +114,8 @@ def run_geometry_start(
 
     Args:
         problems: keys of :data:`CALLS`.
-        sizes: numbers of points; those above the profile's ``max_points`` are left out.
-        profile: the configuration group ``profile`` (``name``, ``max_points``, ``repeats``, ``seeds``).
+        sizes: numbers of points; those above the profile's ``geometry.max_points`` are left out.
+        profile: the configuration group ``profile`` (``name``, ``geometry.max_points``, ``repeats``, ``seeds``).
         store: folder of the records.
         command: what to type to repeat the run.
         force: run again what has a record already.
@@ -129,9 +129,9 @@ def run_geometry_start(
     unknown = [name for name in problems if name not in CALLS]
     if unknown:
         raise ConfigError(f"unknown problem '{unknown[0]}', known are {', '.join(CALLS)}")
-    sizes = sorted(n for n in sizes if n <= profile["max_points"])
+    sizes = sorted(n for n in sizes if n <= profile["geometry"]["max_points"])
     if not sizes or sizes[0] < 10:
-        raise ConfigError(f"sizes need a value from 10 to max_points = {profile['max_points']}")
+        raise ConfigError(f"sizes need a value from 10 to max_points = {profile['geometry']['max_points']}")
     require_writable(store)
     records = RecordStore(store)
     seed, repeats = profile["seeds"][0], profile["repeats"]

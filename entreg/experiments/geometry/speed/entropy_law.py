@@ -220,9 +220,9 @@ def run_entropy_law(
 
     Args:
         families: keys of :data:`LAW_FAMILIES`.
-        sizes: numbers of points; those above the profile's ``max_points`` are left out.
+        sizes: numbers of points; those above the profile's ``geometry.max_points`` are left out.
         levels: inputs per family and size, at least 3.
-        profile: the configuration group ``profile`` (``name``, ``max_points``, ``repeats``, ``seeds``).
+        profile: the configuration group ``profile`` (``name``, ``geometry.max_points``, ``repeats``, ``seeds``).
         store: folder of the records.
         command: what to type to repeat the run.
         force: run again what has a record already.
@@ -234,11 +234,10 @@ def run_entropy_law(
         ConfigError: unknown family, fewer than three levels, or no size within the profile's limit.
     """
     require_known(families, LAW_FAMILIES, "family")
-    sizes = sorted(n for n in sizes if n <= profile["max_points"])
+    most = profile["geometry"]["max_points"]
+    sizes = sorted(n for n in sizes if n <= most)
     if levels < 3 or not sizes or sizes[0] < 10:
-        raise ConfigError(
-            f"levels must be at least 3, and sizes need a value from 10 to max_points = {profile['max_points']}"
-        )
+        raise ConfigError(f"levels must be at least 3, and sizes need a value from 10 to max_points = {most}")
     require_writable(store)
     records = RecordStore(store)
     seed, repeats = profile["seeds"][0], profile["repeats"]

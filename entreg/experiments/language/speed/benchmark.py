@@ -127,8 +127,8 @@ def run_language_speed(
         InputError: a context that the model is not made for, or a model with sliding windows; likewise.
         AssetError: a model that cannot be had.
     """
-    limits = profile.get("language") or {}
-    speed = limits.get("speed") or {}
+    limits = profile.get("language", {})
+    speed = limits.get("speed", {})
     configs = [
         {
             "model": name,
@@ -190,7 +190,7 @@ def run(
         config: see :func:`run_language_speed`, whose records carry it.
         loaded: its model.
         command: what to type to repeat the run.
-        scale: ``smoke``, ``offline`` or ``paper``.
+        scale: one of :data:`entreg.records.SCALES`.
     """
     start = time.perf_counter()
     device = speed_device(config["device"])

@@ -116,8 +116,8 @@ def run_vision_speed(
         device: ``cpu`` or ``cuda``.
         threads: CPU threads; None for torch's own choice.
         profile: the configuration group ``profile``: ``name`` (the records' scale), ``repeats``, ``seeds`` (the first
-            is used) and perhaps ``max_batch``, which leaves out larger batches, and ``model_options``, which replace
-            the models' own.
+            is used) and perhaps ``vision.speed``: ``max_batch``, which leaves out larger batches, and
+            ``model_options``, which replace the models' own.
         store: folder of the records.
         command: what to type to repeat the run.
         force: measure again what has a record already.
@@ -128,10 +128,11 @@ def run_vision_speed(
     Raises:
         ConfigError: an unknown or impossible value; nothing has been measured then.
     """
+    limits = profile.get("vision", {}).get("speed", {})
     configs = [
         {
             "model": name,
-            **_checked_model(name, model, profile.get("model_options", {})),
+            **_checked_model(name, model, limits.get("model_options", {})),
             # A record of its own for each, so that one that is killed does not take the others with it.
             "batches": [batch],
             "dtype": dtype,
@@ -146,7 +147,7 @@ def run_vision_speed(
         for dtype in dtypes
         for compilation in compilations
         for batch in batches
-        if batch <= profile.get("max_batch", batch)
+        if batch <= (limits.get("max_batch") or batch)
     ]
     if not configs or min(batches) < 1:
         raise ConfigError("the speed benchmark needs a model, a dtype, a compilation and a batch of at least 1")
@@ -171,7 +172,7 @@ def run(config: Mapping[str, Any], *, command: str = "", scale: str = "offline")
     Args:
         config: see :func:`run_vision_speed`, whose records carry it.
         command: what to type to repeat the run.
-        scale: ``smoke``, ``offline`` or ``paper``.
+        scale: one of :data:`entreg.records.SCALES`.
     """
     start = time.perf_counter()
     device = speed_device(config["device"])

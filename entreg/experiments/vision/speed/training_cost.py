@@ -65,8 +65,8 @@ def run_training_cost(
         training_images: images of the whole training from which the claim ``amortise`` is computed.
         device: ``cpu`` or ``cuda``.
         threads: CPU threads; None for torch's own choice.
-        profile: the configuration group ``profile``: ``name``, ``repeats``, ``seeds`` and perhaps ``max_batch``
-            and ``model_options``, which replace the model's own.
+        profile: the configuration group ``profile``: ``name``, ``repeats``, ``seeds`` and perhaps
+            ``vision.speed``: ``max_batch`` and ``model_options``, which replace the model's own.
         store: folder of the records.
         command: what to type to repeat the run.
         force: run again what has a record already.
@@ -91,10 +91,11 @@ def run_training_cost(
     if batch < 1 or training_images < 1:
         raise ConfigError(f"batch and training_images must be at least 1, got {batch} and {training_images}")
     speed_device(device)
+    limits = profile.get("vision", {}).get("speed", {})
     config = {
         "model": model,
-        "options": {**options, **profile.get("model_options", {})},
-        "batch": min(batch, profile.get("max_batch", batch)),
+        "options": {**options, **limits.get("model_options", {})},
+        "batch": min(batch, limits.get("max_batch") or batch),
         "precision": precision,
         "methods": {name: dict(method) for name, method in methods.items()},
         "ours": ours,
@@ -118,7 +119,7 @@ def run(config: Mapping[str, Any], *, command: str = "", scale: str = "offline")
     Args:
         config: see :func:`run_training_cost`, whose record carries it.
         command: what to type to repeat the run.
-        scale: ``smoke``, ``offline`` or ``paper``.
+        scale: one of :data:`entreg.records.SCALES`.
     """
     start = time.perf_counter()
     device = speed_device(config["device"])

@@ -25,7 +25,7 @@ from entreg.experiments.geometry.speed.rivals import HULL_RIVALS, Rival
 from entreg.geometry.generators import generate
 from entreg.records.store import RecordStore
 
-SMOKE = {"name": "smoke", "max_points": 1_000, "repeats": 2, "seeds": [0], "time_scale": 0.02}
+SMOKE = {"name": "smoke", "repeats": 2, "seeds": [0], "geometry": {"max_points": 1_000}}
 
 
 def run(tmp_path, **changes):
@@ -169,7 +169,7 @@ def test_configurations_run_under_smoke(tmp_path, benchmark, changes):
         whole = hydra.compose("benchmark", ["profile=smoke"])
     settings = OmegaConf.to_container(config, resolve=True)
     assert whole.benchmark[benchmark] == config.benchmark
-    assert min(config.benchmark.sizes) <= config.profile.max_points
+    assert min(config.benchmark.sizes) <= config.profile.geometry.max_points
     target = get_method(settings["benchmark"].pop("_target_"))
     paths = target(
         **{**settings["benchmark"], **changes},

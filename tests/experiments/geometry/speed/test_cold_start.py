@@ -14,7 +14,7 @@ from entreg.experiments.geometry.speed.cold_start import CALLS, first_result, ru
 from entreg.experiments.geometry.speed.tables import start_table
 from entreg.geometry import pareto_front
 
-PROFILE = {"name": "smoke", "max_points": 1_000, "repeats": 3, "seeds": [0]}
+PROFILE = {"name": "smoke", "repeats": 3, "seeds": [0], "geometry": {"max_points": 1_000}}
 
 
 def run(tmp_path, **changes):

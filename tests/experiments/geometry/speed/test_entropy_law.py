@@ -17,7 +17,7 @@ from entreg.experiments.geometry.speed.entropy_law import (
 )
 from entreg.geometry.convex_hull import convex_hull
 
-SMOKE = {"name": "smoke", "max_points": 1_000, "repeats": 1, "seeds": [0], "time_scale": 0.02}
+SMOKE = {"name": "smoke", "repeats": 1, "seeds": [0], "geometry": {"max_points": 1_000}}
 
 
 def test_families_sweep_from_no_entropy_to_log_n():

@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 
+import hydra
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 
 from entreg.adapters import sparsify
 from entreg.adapters.language_models import random_language_model
@@ -368,7 +370,8 @@ def test_configurations_are_possible(name, profile, monkeypatch, tmp_path):
     monkeypatch.setattr(language_speed, "speed_device", torch.device)
     settings = yaml.safe_load((CONFIGS / "benchmark" / f"{name}.yaml").read_text())
     settings.pop("_target_")
-    group = yaml.safe_load((CONFIGS / "profile" / f"{profile}.yaml").read_text())
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        group = OmegaConf.to_container(hydra.compose("benchmark", [f"profile={profile}"]).profile)
     with pytest.raises(_Reached):
         run_language_speed(**settings, profile=group, store=tmp_path, command="")
 

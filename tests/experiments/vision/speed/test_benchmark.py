@@ -38,7 +38,7 @@ MODEL = {
     },
     "rivals": {"merging": {"kind": "token_merging", "r": 2}},
 }
-PROFILE = {"name": "smoke", "repeats": 2, "seeds": [0], "max_batch": 2}
+PROFILE = {"name": "smoke", "repeats": 2, "seeds": [0], "vision": {"speed": {"max_batch": 2}}}
 
 
 def arguments(**change):

@@ -25,7 +25,12 @@ ARGUMENTS = {
     "training_images": 100,
     "device": "cpu",
     "threads": 1,
-    "profile": {"name": "smoke", "repeats": 2, "seeds": [0], "max_batch": 2, "model_options": {"num_classes": 12}},
+    "profile": {
+        "name": "smoke",
+        "repeats": 2,
+        "seeds": [0],
+        "vision": {"speed": {"max_batch": 2, "model_options": {"num_classes": 12}}},
+    },
     "command": "the command",
 }
 
