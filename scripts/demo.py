@@ -20,8 +20,8 @@ from entreg.cli import entry_point
 from entreg.data.language_tasks import token_windows
 from entreg.data.text import corpus
 from entreg.data.vision_sets import vision_dataset
-from entreg.evaluation.timing import interleaved_timings
-from entreg.evaluation.vision_overlays import overlays
+from entreg.experiments.timing import interleaved_timings
+from entreg.experiments.vision.overlays import overlays
 from entreg.geometry import convex_hull
 from entreg.records import REFERENCE_ROOT
 from entreg.records.figures import PALETTE, new_figure, render

@@ -48,7 +48,7 @@ def vision(size):
         batch_size=2,
         plans={
             "kept": {**tokens, "keep": 4},
-            "columns": {"kind": "columns", "sparsity": 0.5, "score": "random"},
+            "columns": {"kind": "columns", "sparsity": 0.5, "score": "magnitude"},
             "budgets": {**tokens, "entropy_budget": {"multiplier": 1.0}, "levels": [0.3]},
         },
         localisation={"scores": ["mixed", "received"], "coverage": 0.25},

@@ -83,6 +83,9 @@ def _program(path, arguments, folder, environment):
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    # timm has imported it in the server: its temporary folder would be that of all processes, and go with the first.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
+        del sys.modules[name]
     sys.argv = [path, *arguments]
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
     try:

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 
 import hydra
 import numpy as np
@@ -19,7 +20,6 @@ from entreg.experiments.language.experiment import PAPER_MODELS, plan_run
 from entreg.experiments.language.printout import report
 from entreg.experiments.studies import run_all, study_configs
 from entreg.records.store import RecordStore
-from tests.faults.processes import run_program
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment" / "llm").glob("*.yaml"))
 # Seconds instead of minutes.
@@ -300,7 +300,9 @@ def test_a_folder_is_recorded_as_the_model_that_it_holds(hub, architecture, tmp_
 
 
 def script(*arguments):
-    return run_program("scripts/language.py", *arguments)
+    # Not forked from a process that has run tokenizers' threads.
+    command = [sys.executable, "scripts/language.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent, check=False)
 
 
 def test_the_papers_command_says_what_is_missing(tmp_path):
