@@ -129,6 +129,7 @@ def check_values(config: Mapping[str, Any], overrides: Sequence[str], entry: str
         for key, benchmark in _benchmarks(config):
             _require_arguments(key, benchmark)
     typed = _typed_keys(overrides)
+    _refuse_other_families(typed, entry)
     if entry in ("vision", "language"):
         require_typed_plans(config, typed)
     _check_lists(config, typed, entry)
@@ -142,6 +143,16 @@ def _typed_keys(overrides: Sequence[str]) -> list[str]:
         for override in OverridesParser.create().parse_overrides(list(overrides))
         for key in _leaves(override.key_or_group, None if override.is_delete() else override.value())
     ]
+
+
+def _refuse_other_families(typed: Sequence[str], entry: str) -> None:
+    """Refuse typed keys of the profile that only another family reads; benchmarks are of several."""
+    families = set(FAMILIES.values())
+    for key in typed:
+        first, _, rest = key.partition(".")
+        family = rest.partition(".")[0]
+        if first == "profile" and entry in families and family in families - {entry}:
+            raise ConfigError(f"{key} is for the experiments of {family}, these are of {entry}; it would not be read")
 
 
 def _leaves(key: str, value: Any) -> Iterator[str]:

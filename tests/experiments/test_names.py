@@ -404,3 +404,8 @@ def test_a_plan_that_is_not_evaluated_is_not_asked_for(overrides, sentence):
 def test_a_geometry_study_names_experiments():
     with pytest.raises(ConfigError, match=r"unknown experiment 'hul' of study, .*; did you mean 'hull'"):
         geometry_experiment.experiment_configs(OmegaConf.create(typed("geometry", "study=[hul]")), ["study=[hul]"])
+
+
+def test_a_profile_is_told_nothing_that_only_another_family_reads():
+    with pytest.raises(ConfigError, match="for the experiments of vision, these are of language"):
+        check_values(composed("language"), ["profile.vision.methods=[plain]"], "language")
