@@ -42,6 +42,8 @@ def in_process(folder, tracker, **arguments):
 
 
 def test_files_hold_the_history_and_what_was_run(tmp_path, monkeypatch, capfd):
+    started, init = [], wandb_backend.wandb.init
+    monkeypatch.setattr(wandb_backend.wandb, "init", lambda **options: started.append(init(**options)) or started[-1])
     with FakeServer() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
@@ -56,6 +58,8 @@ def test_files_hold_the_history_and_what_was_run(tmp_path, monkeypatch, capfd):
     config = {one.key: json.loads(one.value_json) for one in run.config.update}
     assert (config["method"], config["trainer"], config["experiment"]) == ("tiny", {"steps": 12}, "tests/tiny")
     assert config["code"]["commit"] == git_state()["commit"] != None  # noqa: E711
+    # The machine's load is sampled too; whether a sample comes before so short a run ends is up to the machine.
+    assert [run.settings.x_disable_stats for run in started] == [False]
     assert [one.exit_code for one in wandb_files.only(path, "exit")] == [0]
     assert "wandb" not in "".join(capfd.readouterr())
 
